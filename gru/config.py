@@ -1,0 +1,242 @@
+"""The one TOML file: a record for each section, `PipelineConfig` over them.
+
+Each part of the library takes its own section and sees no other. The descriptions here are the
+documentation: `gru run --help` prints them.
+"""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gru.errors import UserError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusConfig(Section):
+    sources: list[str] = Field(
+        min_length=1,
+        description="Files, directories, globs or URLs to read; `python-stdlib` is the Python source code "
+        "of the running interpreter's standard library.",
+    )
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+        "auto", description="How to read the sources; `auto` goes by extension (.txt, .jsonl, .parquet; .gz, .zst)."
+    )
+    template: str = Field(
+        "{text}", min_length=1, description="How a record of JSON Lines or Parquet becomes text; names its fields."
+    )
+    heldout: Literal["hash", "tail"] = Field(
+        "hash", description="Which text is held out: documents chosen by a hash of their content, or the corpus' end."
+    )
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="Share of the corpus held out.")
+    partition_bytes: PositiveInt = Field(
+        32 << 20, description="Bytes of input in one unit of work; a larger text or JSON Lines file is cut at line ends."
+    )
+    segment_tokens: PositiveInt = Field(65_536, description="Tokens in one Parquet row group, or a little more.")
+
+
+class TokenizerConfig(Section):
+    kind: Literal["bpe", "char", "byte"] = Field(
+        "bpe", description="`bpe` (byte-level), `char` (characters, with bytes for those never seen) or `byte`."
+    )
+    path: str | None = Field(None, description="An existing tokenizer.json to use instead of making one.")
+    vocab_size: Annotated[int, Field(ge=257)] = Field(4096, description="Largest vocabulary of `bpe` and `char`.")
+    sample_bytes: PositiveInt = Field(
+        50_000_000, description="Text that the tokenizer is made from, sampled from all over the corpus."
+    )
+
+
+class ModelConfig(Section):
+    embedding: PositiveInt = Field(384, description="Width of the token embedding, shared with the output layer.")
+    hidden: PositiveInt = Field(384, description="Width of the hidden state of each GRU layer.")
+    layers: PositiveInt = Field(1, description="Number of residual GRU blocks.")
+    dropout: Share = Field(0.0, description="Share of each block's input and of the output dropped in training.")
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = Field(1000, description="Optimizer steps in all.")
+    lanes: PositiveInt = Field(32, description="Parallel streams of text: the global batch, whatever the workers.")
+    window: PositiveInt = Field(64, description="Tokens that a lane reads in one step: the reach of backpropagation.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(4e-3, description="Peak learning rate of AdamW.")
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="Learning rate at the end of the cosine, as a share of the peak."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="Steps of linear warm-up.")
+    beta2: Annotated[float, Field(gt=0, lt=1)] = Field(0.99, description="AdamW's second-moment decay.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's weight decay, on matrices only.")
+    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of the gradient.")
+    ema_decay: Share = Field(0.995, description="Decay of the moving average of the weights, which is what is served.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of weights, order of text and dropout.")
+    workers: PositiveInt = Field(1, description="Processes that train together (DDP); it must not exceed `lanes`.")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each worker.")
+    gpu: bool = Field(False, description="Give each worker a GPU, and use NCCL between them.")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="CPU threads of each worker; 0 shares the machine's cores between the workers on it."
+    )
+    log_steps: PositiveInt = Field(10, description="Steps between two logged points.")
+    heldout_steps: PositiveInt = Field(250, description="Steps between two measurements of the held-out loss.")
+    heldout_tokens: PositiveInt = Field(100_000, description="Most held-out tokens read by such a measurement.")
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(30, description="Time between two checkpoints.")
+    keep: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="Worker failures to recover from before giving up.")
+
+    @model_validator(mode="after")
+    def check(self) -> "TrainConfig":
+        if self.workers > self.lanes:
+            raise ValueError(f"workers = {self.workers} exceeds lanes = {self.lanes}: each worker needs a lane")
+        return self
+
+
+class EvaluateConfig(Section):
+    lanes: PositiveInt = Field(16, description="Stretches of held-out text read side by side.")
+    prompt: str = Field("\n", description="What the sampled texts begin with.")
+    sample_tokens: PositiveInt = Field(200, description="Tokens in each sampled text.")
+    temperatures: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.5, 0.8, 1.0], min_length=1, description="A text is sampled at each of these."
+    )
+
+
+class RegistryConfig(Section):
+    model: str | None = Field(None, description="Name of the registered model; the pipeline's name where absent.")
+    experiment: str | None = Field(None, description="MLflow experiment; the pipeline's name where absent.")
+
+
+class ServeConfig(Section):
+    host: str = Field("127.0.0.1", description="Address that the endpoint binds to.")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port of the endpoint.")
+    replicas: PositiveInt = Field(1, description="Processes that serve.")
+    slots: Annotated[int, Field(ge=4)] = Field(32, description="Streams that one replica steps together.")
+    max_queue: PositiveInt = Field(256, description="Requests that wait for a slot before others are refused (429).")
+    max_tokens: PositiveInt = Field(4096, description="Most tokens that one request may ask for.")
+    poll_seconds: Annotated[float, Field(gt=0)] = Field(5, description="Time between two looks at `@champion`.")
+
+
+class PipelineConfig(Section):
+    name: str = Field(
+        "gru", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="Name of the pipeline, its experiment and model."
+    )
+    storage: str = Field("./store", description="Path or URL where everything is kept.")
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    registry: RegistryConfig = RegistryConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @property
+    def model_name(self) -> str:
+        return self.registry.model or self.name
+
+    @property
+    def experiment(self) -> str:
+        return self.registry.experiment or self.name
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a TOML file, apply `section.key=value` overrides and validate.
+
+    Raises UserError naming the file and the key that is wrong.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(table, override)
+    try:
+        return PipelineConfig.model_validate(table)
+    except ValidationError as error:
+        raise UserError(f"{path}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise UserError(f"--set {override}: expected section.key=value, as in --set train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string: --set name=mine
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {part} is a value, not a section")
+    table[parts[-1]] = value
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One of pydantic's errors in words: `train.stpes: unknown key (known: ...)`."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; known here: {', '.join(_keys_at(location[:-1]))}"
+    if error["type"] == "missing":
+        return f"{key}: required, but absent"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f", not {given!r}" if not isinstance(given, dict) else ""
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    record: type[BaseModel] = PipelineConfig
+    for part in location:
+        annotation = record.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        record = annotation
+    return list(record.model_fields)
+
+
+def describe() -> str:
+    """Every key with its type, default and description, laid out as the TOML file is."""
+    return "\n".join(_describe(PipelineConfig, ""))
+
+
+def _describe(record: type[BaseModel], section: str) -> Iterator[str]:
+    sections: list[tuple[str, type[BaseModel]]] = []
+    for name, field in record.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            sections.append((f"{section}{name}", field.annotation))
+            continue
+        default = "required" if field.is_required() else f"default {_toml(field.default)}"
+        yield f"  {section}{name}: {_type_name(field.annotation)} ({default})"
+        yield f"      {field.description}"
+    for name, inner in sections:
+        yield f"[{name}]"
+        yield from _describe(inner, f"{name}.")
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(json.dumps(value) for value in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is list:
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    inner = [_type_name(a) for a in get_args(annotation) if a is not type(None)]
+    return " | ".join(inner) if inner else annotation.__name__
+
+
+def _toml(value: Any) -> str:
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def content_key(*parts: Any) -> str:
+    """A short name for what went into something: 16 hexadecimal digits of the SHA-256 of `parts` as JSON."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

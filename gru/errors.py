@@ -1,0 +1,28 @@
+"""What a person got wrong, told apart from what we got wrong.
+
+Entry points print a UserError as one line and leave with status 2; every other exception is a defect
+and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """A mistake in the configuration, the input or the arguments.
+
+    The message is one line that says what was wrong, where, and what would be right.
+    """
+
+
+def find_user_error(error: BaseException) -> UserError | None:
+    """The UserError inside `error`, through the wrappers that Ray puts around what a task or worker raised."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if type(current) is UserError:
+            return current
+        pending += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        pending += list(getattr(current, "worker_failures", {}).values())
+    return None
