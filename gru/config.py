@@ -9,11 +9,13 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gru.errors import UserError
+
+BUILT_IN_SOURCES = ("python-stdlib",)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -30,24 +32,30 @@ class CorpusConfig(Section):
         "of the running interpreter's standard library.",
     )
     format: Literal["auto", "text", "jsonl", "parquet"] = Field(
-        "auto", description="How to read the sources; `auto` goes by extension (.txt, .jsonl, .parquet; .gz, .zst)."
+        "auto",
+        description="How to read the sources; `auto` goes by extension (.txt, .jsonl, .parquet; .gz, .zst).",
     )
     template: str = Field(
-        "{text}", min_length=1, description="How a record of JSON Lines or Parquet becomes text; names its fields."
+        "{text}",
+        min_length=1,
+        description="How a record of JSON Lines or Parquet becomes text; names its fields.",
     )
     heldout: Literal["hash", "tail"] = Field(
-        "hash", description="Which text is held out: documents chosen by a hash of their content, or the corpus' end."
+        "hash",
+        description="Which text is held out: documents chosen by a hash of their content, or the corpus' end.",
     )
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="Share of the corpus held out.")
     partition_bytes: PositiveInt = Field(
-        32 << 20, description="Bytes of input in one unit of work; a larger text or JSON Lines file is cut at line ends."
+        32 << 20,
+        description="Bytes of input in one unit of work; a larger text or JSON Lines file is cut at line ends.",
     )
     segment_tokens: PositiveInt = Field(65_536, description="Tokens in one Parquet row group, or a little more.")
 
 
 class TokenizerConfig(Section):
     kind: Literal["bpe", "char", "byte"] = Field(
-        "bpe", description="`bpe` (byte-level), `char` (characters, with bytes for those never seen) or `byte`."
+        "bpe",
+        description="`bpe` (byte-level), `char` (characters, with bytes for those never seen) or `byte`.",
     )
     path: str | None = Field(None, description="An existing tokenizer.json to use instead of making one.")
     vocab_size: Annotated[int, Field(ge=257)] = Field(4096, description="Largest vocabulary of `bpe` and `char`.")
@@ -64,6 +72,9 @@ class ModelConfig(Section):
 
 
 class TrainConfig(Section):
+    # Where and how training runs: another choice leaves what is trained the same, up to rounding.
+    PLACEMENT: ClassVar = ("workers", "cpus_per_worker", "gpu", "threads", "checkpoint_seconds", "keep", "max_failures")
+
     steps: PositiveInt = Field(1000, description="Optimizer steps in all.")
     lanes: PositiveInt = Field(32, description="Parallel streams of text: the global batch, whatever the workers.")
     window: PositiveInt = Field(64, description="Tokens that a lane reads in one step: the reach of backpropagation.")
@@ -88,7 +99,9 @@ class TrainConfig(Section):
     heldout_tokens: PositiveInt = Field(100_000, description="Most held-out tokens read by such a measurement.")
     checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(30, description="Time between two checkpoints.")
     keep: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
-    max_failures: Annotated[int, Field(ge=0)] = Field(3, description="Worker failures to recover from before giving up.")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="Worker failures to recover from before giving up."
+    )
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
@@ -99,6 +112,7 @@ class TrainConfig(Section):
 
 class EvaluateConfig(Section):
     lanes: PositiveInt = Field(16, description="Stretches of held-out text read side by side.")
+    heldout_tokens: PositiveInt = Field(1_000_000, description="Most held-out tokens that are scored.")
     prompt: str = Field("\n", description="What the sampled texts begin with.")
     sample_tokens: PositiveInt = Field(200, description="Tokens in each sampled text.")
     temperatures: list[Annotated[float, Field(ge=0)]] = Field(
@@ -123,7 +137,9 @@ class ServeConfig(Section):
 
 class PipelineConfig(Section):
     name: str = Field(
-        "gru", pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="Name of the pipeline, its experiment and model."
+        "gru",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
+        description="Name of the pipeline, its experiment and model.",
     )
     storage: str = Field("./store", description="Path or URL where everything is kept.")
     corpus: CorpusConfig
@@ -143,17 +159,19 @@ class PipelineConfig(Section):
         return self.registry.experiment or self.name
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Read a TOML file, apply `section.key=value` overrides and validate.
+def load(source: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read a TOML file (or a JSON object given as text), apply `section.key=value` overrides and validate.
 
     Raises UserError naming the file and the key that is wrong.
     """
+    inline = str(source).lstrip().startswith("{")
+    path = "configuration" if inline else source
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = json.loads(str(source)) if inline else tomllib.loads(Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except ValueError as error:  # of TOML, JSON or UTF-8
+        raise UserError(f"{path}: not valid {'JSON' if inline else 'TOML'}: {error}") from None
     for override in overrides:
         _apply(table, override)
     try:

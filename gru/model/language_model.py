@@ -40,7 +40,8 @@ class GRULanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config.embedding, config.hidden) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.embedding)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        nn.init.normal_(self.embedding.weight, std=config.embedding**-0.5)
+        # Small: with a tied output, a large embedding in the residual stream predicts each token to follow itself.
+        nn.init.normal_(self.embedding.weight, std=0.02)
 
     def initial_state(self, lanes: int) -> Tensor:
         """Zeros [L, B, H], on the model's device."""
@@ -59,8 +60,7 @@ class GRULanguageModel(nn.Module):
 
         tokens_TB: integer ids below V. masks: from `dropout_masks`, for training only.
         """
-        # Embeddings are drawn small for the tied output; the input side is scaled to unit variance.
-        x_TBE = self.embedding(tokens_TB) * self.config.embedding**0.5
+        x_TBE = self.embedding(tokens_TB)
         states = []
         for layer, block in enumerate(self.blocks):
             x_TBE, h_BH = block(x_TBE, state_LBH[layer], None if masks is None else masks[layer])

@@ -27,14 +27,15 @@ class GRU(nn.Module):
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
         self.gru = nn.GRU(input_size, hidden_size)
+        (weight_ih, weight_hh, bias_ih, bias_hh), *_ = self.gru.all_weights
         with torch.no_grad():
-            for gate in range(3):
-                rows = slice(gate * hidden_size, (gate + 1) * hidden_size)
-                nn.init.xavier_uniform_(self.gru.weight_ih_l0[rows])
-                nn.init.orthogonal_(self.gru.weight_hh_l0[rows])
-            self.gru.bias_ih_l0.zero_()
-            self.gru.bias_hh_l0.zero_()
-            self.gru.bias_ih_l0[hidden_size : 2 * hidden_size].fill_(UPDATE_GATE_BIAS)
+            for gate in weight_ih.chunk(3):
+                nn.init.xavier_uniform_(gate)
+            for gate in weight_hh.chunk(3):
+                nn.init.orthogonal_(gate)
+            bias_ih.zero_()
+            bias_hh.zero_()
+            bias_ih.chunk(3)[1].fill_(UPDATE_GATE_BIAS)
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden state after each time step [T, B, H], and after the last one [B, H]."""

@@ -1,0 +1,151 @@
+"""Which tokens are read when: (segment token counts, seed, step, lane) -> a window of tokens.
+
+For an epoch the segments are permuted, laid end to end, and cut into as many equal stretches as there are lanes;
+a lane reads its stretch window by window. Pure functions of their arguments, with no state to save: nothing here
+knows of workers, files or Ray.
+
+Shapes: T time (tokens of a window), B lanes.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from gru.errors import UserError
+
+Tokens = np.ndarray[Any, np.dtype[Any]]
+Batch = tuple[Tokens, Tokens]
+
+
+class LaneOrder:
+    """Where in the segments each lane reads at each step.
+
+    segment_tokens: tokens in each segment. lanes: streams in all. window: tokens that a lane reads in a step.
+    Raises UserError if there are too few tokens for a window in each lane.
+    """
+
+    def __init__(self, segment_tokens: Sequence[int], seed: int, lanes: int, window: int) -> None:
+        self.lanes, self.window = lanes, window
+        self._sizes = np.asarray(segment_tokens, dtype=np.int64)
+        self._seed = seed
+        total = int(self._sizes.sum())
+        self.stretch = total // lanes  # what is left over, fewer tokens than lanes, waits for another epoch
+        if self.stretch < window:
+            raise UserError(
+                f"the corpus has {total:,} training tokens: too few for train.lanes = {lanes} windows of "
+                f"train.window = {window} tokens"
+            )
+        self.steps_per_epoch = -(-self.stretch // window)  # the last window of an epoch may be shorter
+        self._epoch = lru_cache(maxsize=2)(self._permute)
+
+    def begins_epoch(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0
+
+    def slices(self, step: int, lane: int) -> list[tuple[int, int, int]]:
+        """The (segment, start, stop) that make up the window, in order."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order, ends = self._epoch(epoch)
+        position = lane * self.stretch + index * self.window
+        stop = lane * self.stretch + min((index + 1) * self.window, self.stretch)
+        slices = []
+        place = int(np.searchsorted(ends, position, side="right"))
+        while position < stop:
+            segment, end = int(order[place]), int(ends[place])
+            begin = end - int(self._sizes[segment])
+            slices.append((segment, position - begin, min(stop, end) - begin))
+            position, place = end, place + 1
+        return slices
+
+    def _permute(self, epoch: int) -> tuple[Tokens, Tokens]:
+        """The segments in this epoch's order, and where each one ends."""
+        key = _splitmix64(_splitmix64(np.array([self._seed], dtype=np.uint64)) ^ np.uint64(epoch))
+        order = np.argsort(_splitmix64(key ^ np.arange(len(self._sizes), dtype=np.uint64)), kind="stable")
+        return order, np.cumsum(self._sizes[order])
+
+
+def _splitmix64(x: Tokens) -> Tokens:
+    """Steele, Lea and Flood, 2014: https://doi.org/10.1145/2714064.2660195. The same in every version of numpy."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class LaneReader:
+    """Batches of some of the lanes, the next one read in the background while this one is worked on.
+
+    read_segment: index of a segment -> its tokens. lanes: those that this worker owns.
+    """
+
+    def __init__(self, order: LaneOrder, read_segment: Callable[[int], Tokens], end_of_text: int, lanes: range) -> None:
+        self._order, self._read, self._end_of_text, self._lanes = order, read_segment, end_of_text, lanes
+        self._segments: OrderedDict[int, Tokens] = OrderedDict()
+        # All reading happens in this one thread, so the cache needs no lock.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lanes")
+        self._next: tuple[int, Future[Batch]] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """(inputs_TB, targets_TB), int64: each input is the token that the lane read before its target.
+
+        A stretch begins with end of text as its first input.
+        """
+        if self._next is not None and self._next[0] == step:
+            future = self._next[1]
+        else:
+            future = self._thread.submit(self._assemble, step)
+        self._next = (step + 1, self._thread.submit(self._assemble, step + 1))
+        return future.result()
+
+    def _assemble(self, step: int) -> Batch:
+        columns = []
+        for lane in self._lanes:
+            pieces = [self._segment(i)[start:stop] for i, start, stop in self._order.slices(step, lane)]
+            before = self._end_of_text
+            if not self._order.begins_epoch(step):
+                segment, _, stop = self._order.slices(step - 1, lane)[-1]
+                before = self._segment(segment)[stop - 1]
+            columns.append(np.concatenate([[before], *pieces], dtype=np.int64))
+        tokens = np.stack(columns, axis=1)
+        return np.ascontiguousarray(tokens[:-1]), np.ascontiguousarray(tokens[1:])
+
+    def _segment(self, index: int) -> Tokens:
+        if index not in self._segments:
+            self._segments[index] = self._read(index)
+            if len(self._segments) > 2 * len(self._lanes):
+                self._segments.popitem(last=False)
+        self._segments.move_to_end(index)
+        return self._segments[index]
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> "LaneReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def stream_batches(
+    tokens: Tokens, lanes: int, window: int, end_of_text: int
+) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
+    """Yield (inputs_TB, targets_TB, weights_TB): every token is a target exactly once, after the one before it.
+
+    The tokens are laid into `lanes` equal stretches, the last of them padded with weight 0.
+    """
+    stretch = -(-len(tokens) // lanes)
+    padding = (0, stretch * lanes - len(tokens))
+    targets_BN = np.pad(tokens.astype(np.int64), padding, constant_values=end_of_text).reshape(lanes, stretch)
+    inputs_BN = np.concatenate([[end_of_text], targets_BN.reshape(-1)])[: targets_BN.size].reshape(targets_BN.shape)
+    weights_BN = np.pad(np.ones(len(tokens), dtype=np.float32), padding).reshape(targets_BN.shape)
+    for start in range(0, stretch, window):
+        columns = slice(start, start + window)
+        inputs, targets, weights = (a[:, columns].T.copy() for a in (inputs_BN, targets_BN, weights_BN))
+        yield inputs, targets, weights

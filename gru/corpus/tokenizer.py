@@ -1,0 +1,252 @@
+"""Text to token ids and back, with a vocabulary kept as a Hugging Face `tokenizer.json`.
+
+Three kinds: byte-level BPE, characters, and bytes. All of them give back exactly the text they were given,
+whatever it holds: what looks like a special token in a text is text. Knows nothing of shards, or of models.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gru import storage
+from gru.config import TokenizerConfig
+from gru.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+Ids = np.ndarray[Any, np.dtype[np.uint32]]
+_Encoder = Callable[[list[str]], list[Ids]]
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_SEPARATOR = b"\xff"  # occurs in no UTF-8 text
+# Where BPE libraries come to differ: spaces, contractions, digits, scripts, controls, false special tokens.
+_PROBE = (
+    "def f(x):\n\tif x >= 10:\r\n        return  it's, they'll  \n\n\n3.14159 \u2028\u00a0 naïve Ünï½ e\u0301 "
+    f"白日依山盡，黃河入海流。 Привет नमस्ते 👩‍👩‍👧 \x00\x1f\ufeff {END_OF_TEXT}{END_OF_TEXT} <s>  "
+)
+_log = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """Raises UserError if the JSON is not a tokenizer of one of the three kinds."""
+
+    def __init__(self, json_bytes: bytes) -> None:
+        self.json = json_bytes
+        self.digest = hashlib.sha256(json_bytes).hexdigest()
+        try:
+            config = json.loads(json_bytes)
+            added = {token["content"]: token["id"] for token in config["added_tokens"]}
+            vocab: dict[str, int] = config["model"]["vocab"]
+            self._is_table, byte_of = _check(config)
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError("not a tokenizer.json of byte-level BPE, characters or bytes") from None
+        if END_OF_TEXT not in added:
+            raise UserError(f"has no {END_OF_TEXT} token, which is what ends a document")
+        self.end_of_text: int = added[END_OF_TEXT]
+        self.vocab_size = max([*vocab.values(), *added.values()]) + 1
+        self.token_bytes = [b""] * self.vocab_size
+        for token, index in vocab.items():
+            if token not in added:
+                self.token_bytes[index] = byte_of(token)
+        single: dict[bytes, int | None] = {
+            piece: index for index, piece in enumerate(self.token_bytes) if len(piece) == 1
+        }
+        if self._is_table:
+            single = {bytes([byte]): vocab.get(f"<0x{byte:02X}>") for byte in range(256)}
+        self._byte_ids = [single.get(bytes([byte])) for byte in range(256)]
+        if None in self._byte_ids:
+            raise UserError("its vocabulary lacks some of the 256 bytes, so there is text that it cannot hold")
+
+    @property
+    def backend(self) -> str:
+        """What encodes: `table`, `gigatoken` or `tokenizers`."""
+        return self._encoder[0]
+
+    def encode(self, text: str) -> Ids:
+        """Token ids [tokens] of a text, without end of text."""
+        return self.encode_documents([text])[0]
+
+    def encode_documents(self, texts: list[str]) -> list[Ids]:
+        """`encode` of each text, faster for many at once."""
+        return self._encoder[1](texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        pieces = self.token_bytes
+        return b"".join([pieces[index] for index in (ids.tolist() if isinstance(ids, np.ndarray) else ids)])
+
+    @cached_property
+    def _encoder(self) -> tuple[str, _Encoder]:
+        if self._is_table:
+            return "table", self._table_encoder()
+        # Without its added tokens, a library has nothing to find in a text but text.
+        plain = json.dumps(json.loads(self.json) | {"added_tokens": [], "post_processor": None})
+        slow = _tokenizers_encoder(plain)
+        try:
+            fast = _gigatoken_encoder(plain)
+            if np.array_equal(fast([_PROBE])[0], slow([_PROBE])[0]):
+                return "gigatoken", fast
+            reason = "its ids differ"
+        except Exception as error:  # whatever it stumbles on, the other library does the work
+            reason = str(error)
+        _log.warning("encoding with tokenizers, which is slower: gigatoken cannot be used: %s", reason)
+        return "tokenizers", slow
+
+    def _table_encoder(self) -> _Encoder:
+        byte_ids = np.array(self._byte_ids, dtype=np.int32)
+        table = np.full(0x110000, -1, dtype=np.int32)
+        bytes_and_gaps = {*self._byte_ids, *(i for i, piece in enumerate(self.token_bytes) if not piece)}
+        for index, piece in enumerate(self.token_bytes):
+            if index not in bytes_and_gaps:
+                table[ord(piece.decode())] = index
+
+        def encode(texts: list[str]) -> list[Ids]:
+            codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
+            ids = table[codes]
+            widths = np.ones(len(ids), dtype=np.int64)
+            unseen = ids < 0
+            if unseen.any():
+                codes = codes[unseen]
+                widths[unseen] = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+                utf8 = codes.tobytes().decode("utf-32-le").encode()
+                ids = np.repeat(ids, widths)
+                ids[ids < 0] = byte_ids[np.frombuffer(utf8, dtype=np.uint8)]
+            borders = np.cumsum([len(text) for text in texts[:-1]], dtype=np.int64)
+            ends = np.concatenate([[0], np.cumsum(widths)])[borders]
+            return np.split(ids.astype(np.uint32), ends)[: len(texts)]
+
+        return encode
+
+
+def _check(config: dict[str, Any]) -> tuple[bool, Callable[[str], bytes]]:
+    """Whether it is a table, and what a token's bytes are."""
+    model = config["model"]
+    if model["type"] != "BPE" or config["normalizer"] is not None:
+        raise UserError("only BPE without a normalizer gives back the text it was given")
+    before = config["pre_tokenizer"]
+    if before is None and model["byte_fallback"] and not model["merges"]:
+        return True, _table_bytes
+    steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    if steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        raise UserError("only byte-level BPE, without a space put before the text, gives back the text")
+    values = {char: byte for byte, char in enumerate(_byte_characters())}
+    return False, lambda token: bytes(values[char] for char in token)
+
+
+def _table_bytes(token: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(match[1])
+    if len(token) != 1:
+        raise UserError(f"token {token!r} is neither a character nor a byte")
+    return token.encode()
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in byte-level BPE (GPT-2's `bytes_to_unicode`)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _tokenizers_encoder(plain: str) -> _Encoder:
+    import tokenizers
+
+    library = tokenizers.Tokenizer.from_str(plain)
+    return lambda texts: [np.array(e.ids, dtype=np.uint32) for e in library.encode_batch_fast(texts)]
+
+
+def _gigatoken_encoder(plain: str) -> _Encoder:
+    import gigatoken
+
+    library = gigatoken.Tokenizer.from_json(plain)
+
+    def encode(texts: list[str]) -> list[Ids]:
+        if not texts:
+            return []
+        layout: Any = library.encode_batch(texts, parallel=False).layout
+        return np.split(layout.content.data, layout.offsets.data[1:-1])
+
+    return encode
+
+
+def load(path: str) -> Tokenizer:
+    """Read a tokenizer.json from a path or URL. Raises UserError if it cannot be used."""
+    try:
+        return Tokenizer(storage.read_bytes(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the tokenizer: {error.strerror or error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def train(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Make a tokenizer from a sample of text. The order of the texts makes no difference to it."""
+    if config.kind == "bpe":
+        return _train_bpe(config.vocab_size, texts)
+    counts: Counter[str] = Counter()
+    for text in texts if config.kind == "char" else ():
+        counts.update(text)
+    frequent = sorted(counts, key=lambda char: (-counts[char], char))[: config.vocab_size - 257]
+    tokens = [*frequent, *(f"<0x{byte:02X}>" for byte in range(256))]
+    return _build({token: index for index, token in enumerate(tokens)}, None)
+
+
+def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    import gigatoken
+
+    data = _SEPARATOR.join(text.encode() for text in texts)
+    with _silence():
+        pieces, merges = gigatoken.train_bpe(data, vocab_size - 1, [], separator=_SEPARATOR)
+    characters = _byte_characters()
+
+    def token(piece: bytes) -> str:
+        return "".join(characters[byte] for byte in piece)
+
+    vocab = {token(piece): index for index, piece in pieces.items()}
+    return _build(vocab, [(token(left), token(right)) for left, right in merges])
+
+
+def _build(vocab: dict[str, int], merges: Sequence[tuple[str, str]] | None) -> Tokenizer:
+    """Byte-level BPE of these merges, or a table if there are none."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Library
+
+    library = Library(models.BPE(vocab=vocab, merges=list(merges or []), byte_fallback=merges is None))
+    if merges is None:
+        library.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return Tokenizer(library.to_str().encode())
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """gigatoken's trainer prints to the process's own stdout and stderr, below Python's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [(stream, os.dup(stream)) for stream in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for stream, _ in saved:
+            os.dup2(nowhere, stream)
+        yield
+    finally:
+        for stream, copy in saved:
+            os.dup2(copy, stream)
+            os.close(copy)
+        os.close(nowhere)

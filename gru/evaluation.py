@@ -1,0 +1,104 @@
+"""How good a model is: bits per byte on held-out text, and texts that it writes.
+
+Bits per byte do not depend on the tokenizer, so models with different ones can be compared on the same text.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from gru.corpus.lanes import stream_batches
+from gru.corpus.tokenizer import Tokenizer
+from gru.model.language_model import GRULanguageModel
+from gru.serving.engine import Engine, Finish
+from gru.serving.sampling import SamplingParams
+
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Losses over a text: `nats` in all, ends of documents included; bytes and characters without them."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    characters: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def nats_per_character(self) -> float:
+        return self.nats / self.characters
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return math.exp(self.nats / self.tokens)
+
+
+def score(model: GRULanguageModel, tokenizer: Tokenizer, texts: Iterable[str], lanes: int, most_tokens: int) -> Scores:
+    """Score whole documents, in order, until there are `most_tokens`; the state is carried from one to the next."""
+    parts: list[np.ndarray] = []
+    tokens = size = characters = 0
+    for text in texts:
+        part = np.append(tokenizer.encode(text), np.uint32(tokenizer.end_of_text))
+        parts.append(part)
+        tokens, size, characters = tokens + len(part), size + len(text.encode()), characters + len(text)
+        if tokens >= most_tokens:
+            break
+    batches = stream_batches(np.concatenate(parts), lanes, WINDOW, tokenizer.end_of_text)
+    return Scores(stream_loss(model, batches, lanes), tokens, size, characters)
+
+
+@torch.inference_mode()
+def stream_loss(model: GRULanguageModel, batches: Iterable[tuple[np.ndarray, ...]], lanes: int) -> float:
+    """Summed loss in nats over batches of (inputs, targets, weights) [T, lanes], the state carried between them."""
+    device = model.output_bias.device
+    state_LBH = model.initial_state(lanes)
+    total = 0.0
+    for batch in batches:
+        inputs_TB, targets_TB, weights_TB = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch)
+        logits_TBV, state_LBH = model(inputs_TB, state_LBH)
+        losses = F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="none")
+        total += float((losses * weights_TB.flatten()).sum())
+    return total
+
+
+def sample_texts(
+    model: GRULanguageModel, tokenizer: Tokenizer, prompt: str, tokens: int, temperatures: Sequence[float]
+) -> list[str]:
+    """A text of at most `tokens` tokens after the prompt at each temperature, as the endpoint gives it for seed 0."""
+    engine = Engine(model, tokenizer.end_of_text, slots=max(4, len(temperatures)), max_queue=len(temperatures))
+    try:
+        pending = []
+        for temperature in temperatures:
+            ids: list[int] = []
+            done: Future[None] = Future()
+            params = SamplingParams(temperature=temperature, seed=0)
+            engine.submit(tokenizer.encode(prompt).tolist(), params, tokens, _collector(ids, done))
+            pending.append((ids, done))
+        for _, done in pending:
+            done.result()
+        return [prompt + tokenizer.decode(ids) for ids, _ in pending]
+    finally:
+        engine.close(drain=False)
+
+
+def _collector(ids: list[int], done: "Future[None]"):  # type: ignore[no-untyped-def]
+    def receive(token: int | None, end: Finish | Exception | None) -> None:
+        if token is not None:
+            ids.append(token)
+        if isinstance(end, Exception):
+            done.set_exception(end)
+        elif end is not None:
+            done.set_result(None)
+
+    return receive

@@ -1,0 +1,194 @@
+"""The model bundle, and the registry that names its versions: register, gate, promote, roll back, resolve.
+
+A bundle is a directory: weights.safetensors, config.json, tokenizer.json, lineage.json, and digests.json, written
+last. A registered version is a bundle with its scores as tags; `@champion` is the one that is served, and
+`@challenger` the newest that did not beat it.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from gru import storage
+from gru.config import ModelConfig
+from gru.corpus.tokenizer import Tokenizer
+from gru.errors import UserError
+from gru.model.language_model import GRULanguageModel
+from gru.tracking import Run
+from gru.training.checkpoint import DIGESTS, read_verified, write_digests
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+PREVIOUS_TAG = "previous_champion"  # on a champion: the version that it took the alias from
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model with all that generation needs."""
+
+    model: GRULanguageModel
+    tokenizer: Tokenizer
+    lineage: dict[str, Any]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version; `created` is in seconds since the epoch."""
+
+    name: str
+    version: str
+    run_id: str
+    bits_per_byte: float
+    heldout: str  # digest of the held-out text that bits_per_byte was measured on
+    bundle: str
+    created: int
+    previous: str | None
+
+
+def write_bundle(
+    path: str,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    lineage: Mapping[str, Any],
+) -> None:
+    model = {"model": config.model_dump(), "vocab_size": tokenizer.vocab_size}
+    with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
+        directory = Path(temporary)
+        (directory / "weights.safetensors").write_bytes(save_tensors(dict(weights)))
+        (directory / "config.json").write_text(json.dumps(model, indent=1))
+        (directory / "tokenizer.json").write_bytes(tokenizer.json)
+        (directory / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False))
+        write_digests(directory)
+        storage.upload(directory, path, last=DIGESTS)
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle and check every file against its digest. Raises DamagedFiles."""
+    files = read_verified(str(path))
+    config = json.loads(files["config.json"])
+    model = GRULanguageModel(ModelConfig(**config["model"]), config["vocab_size"])
+    model.load_state_dict(load_tensors(files["weights.safetensors"]))
+    digest = storage.sha256(json.dumps({name: storage.sha256(data) for name, data in sorted(files.items())}).encode())
+    return Bundle(
+        model.eval().requires_grad_(False),
+        Tokenizer(files["tokenizer.json"]),
+        json.loads(files["lineage.json"]),
+        digest,
+    )
+
+
+def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldout: str) -> Version:
+    """Log the bundle as a model of the run and register it; a bundle that was registered before is not again."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = run.client
+    digest = load_bundle(bundle_path).digest
+    for found in client.search_model_versions(f"name = '{name}'"):
+        if found.tags.get("bundle") == digest and found.tags.get("heldout") == heldout:
+            return _version(found)
+    with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
+        local = storage.download(bundle_path, Path(temporary) / "bundle")
+        with mlflow.start_run(run_id=run.id):
+            info = mlflow.pyfunc.log_model(
+                name="generator",
+                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+                artifacts={"bundle": str(local)},
+                pip_requirements=["gru-pipeline"],
+            )
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {"bundle": digest, "bits_per_byte": repr(bits_per_byte), "heldout": heldout}
+    return _version(client.create_model_version(name, info.model_uri, run.id, tags=tags, model_id=info.model_id))
+
+
+def promote(candidate: Version, score_champion: Callable[[Version], float]) -> tuple[bool, str]:
+    """Make the candidate the champion if it beats the present one in bits per byte on the same held-out text, else
+    the challenger. `score_champion` measures a champion whose score is on other text.
+
+    Returns whether the candidate is the champion, and why, in words.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    champion = resolve(candidate.name, CHAMPION)
+    if champion is None:
+        reason = "the first version"
+    elif champion.version == candidate.version:
+        return True, "the champion already"
+    else:
+        same_text = champion.heldout == candidate.heldout
+        score = champion.bits_per_byte if same_text else score_champion(champion)
+        reason = f"{candidate.bits_per_byte:.4f} bits per byte, version {champion.version} has {score:.4f}"
+        if candidate.bits_per_byte >= score:
+            client.set_registered_model_alias(candidate.name, CHALLENGER, candidate.version)
+            return False, reason
+        client.set_model_version_tag(candidate.name, candidate.version, PREVIOUS_TAG, champion.version)
+    client.set_registered_model_alias(candidate.name, CHAMPION, candidate.version)
+    challenger = resolve(candidate.name, CHALLENGER)
+    if challenger and challenger.version == candidate.version:
+        client.delete_registered_model_alias(candidate.name, CHALLENGER)
+    return True, reason
+
+
+def rollback(name: str) -> Version:
+    """Give `@champion` back to the version that had it before. Raises UserError if there is none."""
+    from mlflow import MlflowClient
+
+    champion = resolve(name, CHAMPION)
+    if champion is None:
+        raise UserError(f"model {name!r} has no @{CHAMPION}")
+    if champion.previous is None:
+        raise UserError(f"model {name!r}: version {champion.version} is the first champion: nothing to go back to")
+    client = MlflowClient()
+    client.set_registered_model_alias(name, CHAMPION, champion.previous)
+    return _version(client.get_model_version(name, champion.previous))
+
+
+def resolve(name: str, alias: str) -> Version | None:
+    """The version that an alias of a registered model names; None if model or alias do not exist."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _version(MlflowClient().get_model_version_by_alias(name, alias))
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def fetch_bundle(version: Version, directory: Path) -> Bundle:
+    """Download a version's bundle into a local directory and load it. Raises DamagedFiles."""
+    import mlflow
+
+    uri = f"models:/{version.name}/{version.version}"
+    local = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(directory))
+    return load_bundle(Path(local) / "artifacts" / "bundle")
+
+
+def _version(entity: "ModelVersion") -> Version:
+    return Version(
+        name=entity.name,
+        version=str(entity.version),
+        run_id=entity.run_id or "",
+        bits_per_byte=float(entity.tags.get("bits_per_byte", "inf")),
+        heldout=entity.tags.get("heldout", ""),
+        bundle=entity.tags.get("bundle", ""),
+        created=int(entity.creation_timestamp // 1000),
+        previous=entity.tags.get(PREVIOUS_TAG),
+    )

@@ -1,0 +1,124 @@
+"""The Ray Serve deployment: an engine and its HTTP interface per replica, following the registry's @champion."""
+
+import json
+import logging
+import random
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.context import _get_global_client
+
+from gru import registry
+from gru.config import ServeConfig
+from gru.errors import UserError
+from gru.serving.api import Served, create_app
+from gru.serving.engine import Engine
+
+APP = "gru"
+CPUS = 0.5  # logical: what is left on a small machine is for the other stages
+THREADS = 1  # a step is too small to share; the other cores are for HTTP, and for other replicas
+
+log = logging.getLogger(__name__)
+
+
+class Generator:
+    """A replica. The model that answers is in `self._served`; a thread replaces it when @champion moves."""
+
+    def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str) -> None:
+        torch.set_num_threads(THREADS)
+        mlflow.set_tracking_uri(tracking_uri)
+        self._config = config
+        self._model_name = model_name
+        self._served: Served | None = None
+        self._follow()
+        threading.Thread(target=self._keep_following, name="gru-follow", daemon=True).start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(lambda: self._served, self._config.max_tokens)
+
+    def check_health(self) -> None:
+        if self._served is not None and not self._served.healthy:
+            raise RuntimeError("the engine does not respond")
+
+    def _follow(self) -> None:
+        """Take @champion into service unless it already is; the old engine finishes what it has begun."""
+        version = registry.resolve(self._model_name, registry.CHAMPION)
+        old = self._served
+        if version is None or (old is not None and old.version.version == version.version):
+            return
+        with tempfile.TemporaryDirectory(prefix="gru-bundle-") as directory:
+            bundle = registry.fetch_bundle(version, Path(directory))
+        engine = Engine(bundle.model, bundle.tokenizer.end_of_text, self._config.slots, self._config.max_queue)
+        self._served = Served(engine, bundle, version)
+        log.info("serving %s version %s", version.name, version.version)
+        if old is not None:
+            old.engine.close(drain=True)
+
+    def _keep_following(self) -> None:
+        while True:
+            time.sleep(self._config.poll_seconds * random.uniform(0.8, 1.2))  # replicas do not ask in step
+            try:
+                self._follow()
+            except Exception:
+                log.exception("cannot follow %s@%s; the present model stays", self._model_name, registry.CHAMPION)
+
+
+def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
+    """Start Serve on the connected Ray cluster and put the endpoint up, or replace it; it outlives this process.
+
+    Returns when a replica is ready. Raises UserError if the model has no @champion, or if Serve already runs
+    at another address.
+    """
+    mlflow.set_tracking_uri(tracking_uri)
+    if registry.resolve(model_name, registry.CHAMPION) is None:
+        raise UserError(f"{model_name}: no version is @{registry.CHAMPION}; train and promote one first")
+    serve.start(http_options={"host": config.host, "port": config.port})
+    client = _get_global_client()
+    assert client is not None, "it has just been started"
+    running = client.http_config
+    if (running.host, running.port) != (config.host, config.port):
+        address = f"{running.host}:{running.port}"
+        raise UserError(f"serve: Serve already runs at {address} on this cluster; set serve.host and serve.port")
+    deployment = serve.deployment(
+        name="Generator",
+        num_replicas=config.replicas,
+        # Admission is the engine's business: Serve lets through what it takes, and some to be told 429.
+        max_ongoing_requests=2 * (config.slots + config.max_queue) + 64,
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=20,
+        ray_actor_options={"num_cpus": CPUS},
+    )(serve.ingress()(Generator))
+    serve.run(deployment.bind(config, model_name, tracking_uri), name=APP, route_prefix="/")
+
+
+def undeploy() -> None:
+    """Take the endpoint down; and Serve with it, so that the port is free, unless it has other applications."""
+    serve.delete(APP)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def wait_ready(url: str, version: str, timeout: float) -> None:
+    """Wait until the endpoint at `url` (http://host:port) serves this version. Raises TimeoutError."""
+    deadline = time.monotonic() + timeout
+    last: Any = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+                models = json.load(response)["data"]
+            last = [model["version"] for model in models]
+            if version in last:
+                return
+        except (OSError, ValueError) as error:
+            last = error
+        time.sleep(0.2)
+    raise TimeoutError(f"{url} does not serve version {version} after {timeout:.0f} s: {last}")

@@ -1,0 +1,159 @@
+"""MLflow runs: opened once, resumed by key, each point logged once.
+
+Everything goes through a client with explicit run ids: MLflow's active run is local to a thread, and stages are
+processes. The server is MLflow's own tracking URI (MLFLOW_TRACKING_URI). Knows no stage and no configuration.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+KEY_TAG = "gru.key"
+POINTS_A_BATCH = 900  # MLflow takes at most 1000 metrics a call
+
+
+class Point(TypedDict):
+    """Metrics of one step, in the order of steps."""
+
+    step: int
+    time: float  # seconds since the epoch
+    metrics: dict[str, float]
+
+
+class Run:
+    """One MLflow run, found again by its key."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
+        self.client = client
+        self.id = run_id
+        self.experiment_id = experiment_id
+
+    @property
+    def url(self) -> str:
+        return f"{self.client.tracking_uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.id}"
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Nested sections become dotted names; what was logged before is left as it is."""
+        from mlflow.entities import Param
+
+        known = self.client.get_run(self.id).data.params
+        fresh = [Param(k, str(v)) for k, v in flatten(params) if k not in known]
+        for start in range(0, len(fresh), 100):
+            self.client.log_batch(self.id, params=fresh[start : start + 100])
+
+    def log_points(self, points: list[Point]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(name, value, int(point["time"] * 1000), point["step"])
+            for point in points
+            for name, value in point["metrics"].items()
+            if math.isfinite(value)
+        ]
+        for start in range(0, len(metrics), POINTS_A_BATCH):
+            self.client.log_batch(self.id, metrics=metrics[start : start + POINTS_A_BATCH])
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Single values; a value that was logged before is not logged again."""
+        known = self.client.get_run(self.id).data.metrics
+        for name, value in metrics.items():
+            if name not in known:
+                self.client.log_metric(self.id, name, value)
+
+    def history(self, metric: str) -> list[tuple[int, float]]:
+        """(step, value) of every logged point, by step."""
+        return sorted((m.step, m.value) for m in self.client.get_metric_history(self.id, metric))
+
+    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+        self.client.log_inputs(self.id, [DatasetInput(dataset)])
+
+    def log_loss_curve(self) -> None:
+        """A plot of training and held-out loss, as the artifact loss.png."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for metric, style in (("train/loss", {"alpha": 0.6}), ("heldout/loss", {"marker": "o"})):
+            if points := self.history(metric):
+                axes.plot(*zip(*points, strict=True), label=metric, **style)
+        axes.set(xlabel="step", ylabel="nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        self.client.log_figure(self.id, figure, "loss.png")
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        for name, value in tags.items():
+            self.client.set_tag(self.id, name, value)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        self.client.set_terminated(self.id, status)
+
+
+def open_run(experiment: str, key: str, name: str, parent: str | None = None) -> Run:
+    """The run with this key in the experiment, made if there is none; it is RUNNING afterwards.
+
+    The key is a tag that is written with the run, so that no crash can leave a run that is not found again.
+    """
+    from mlflow import MlflowClient
+    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+
+    client = MlflowClient()
+    experiment_id = _experiment_id(client, experiment)
+    found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return Run(client, run_id, experiment_id)
+    tags = {KEY_TAG: key, MLFLOW_RUN_NAME: name} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
+    run = client.create_run(experiment_id, tags=tags, run_name=name)
+    return Run(client, run.info.run_id, experiment_id)
+
+
+def find_run(run_id: str) -> Run:
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    return Run(client, run_id, client.get_run(run_id).info.experiment_id)
+
+
+@contextmanager
+def stage_run(experiment: str, key: str, name: str, parent: str | None = None) -> Iterator[Run]:
+    """`open_run`, finished with the block: FINISHED, or FAILED if it raised."""
+    run = open_run(experiment, key, name, parent)
+    try:
+        yield run
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    run.finish()
+
+
+def _experiment_id(client: "MlflowClient", name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    try:
+        return client.create_experiment(name)
+    except MlflowException:  # another process was faster
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return experiment.experiment_id
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,119 @@
+"""How every job starts and ends: read the config, call one function, print its result as the last line.
+
+Exit status 0 only if the result stands; 2 and one line for a person's mistake.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gru import config as configuration
+from gru import storage
+from gru.config import PipelineConfig
+from gru.errors import UserError, find_user_error
+
+HOME_VARIABLE = "GRU_HOME"
+
+Progress = Callable[[str], None]
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="TOML file, such as pipelines/configs/quickstart.toml")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, as in --set train.steps=100"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"keys of CONFIG:\n{configuration.describe()}"
+
+
+def load_config(path: str, overrides: list[str]) -> PipelineConfig:
+    """The configuration with absolute paths: relative ones are under $GRU_HOME, or else the current directory."""
+    home = os.environ.get(HOME_VARIABLE) or str(Path.cwd())
+    config = configuration.load(path, overrides)
+    sources = [s if s in configuration.BUILT_IN_SOURCES else storage.absolute(s, home) for s in config.corpus.sources]
+    tokenizer = config.tokenizer.path and storage.absolute(config.tokenizer.path, home)
+    return config.model_copy(
+        update={
+            "storage": storage.absolute(config.storage, home),
+            "corpus": config.corpus.model_copy(update={"sources": sources}),
+            "tokenizer": config.tokenizer.model_copy(update={"path": tokenizer}),
+        }
+    )
+
+
+def main(stage: str, description: str, run: Callable[[PipelineConfig, str | None, Progress], dict[str, Any]]) -> None:
+    """Run a job: `run(config, parent MLflow run, progress)` gives the result."""
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=description)
+    add_config_arguments(parser)
+    parser.add_argument("--parent", metavar="RUN_ID", help="MLflow run that this stage's run belongs to")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
+
+    def progress(line: str) -> None:
+        print(f"{stage}: {line}", file=sys.stderr, flush=True)
+
+    try:
+        config = load_config(arguments.config, arguments.set)
+        storage.check_writable(config.storage)
+        result = run(config, arguments.parent, progress)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        mistake = find_user_error(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    sys.stderr.flush()
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def quiet_libraries() -> None:
+    """No telemetry and no progress bars of others; set before they are imported, and inherited by workers."""
+    for variable, value in {
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }.items():
+        os.environ.setdefault(variable, value)
+    if "RAY_ADDRESS" not in os.environ:
+        # A Ray of this process's own binds to the loopback address alone, which Ray calls not being a cluster.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def start_ray() -> None:
+    """Join the cluster that this job was submitted to, or else start one in this process.
+
+    Two-core machines have too few CPUs for Ray's own bookkeeping, so a local one counts at least four.
+    """
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address.startswith("http"):
+        raise UserError(
+            f"RAY_ADDRESS = {address} takes submitted jobs: use `ray job submit --working-dir . -- python -m jobs...`"
+        )
+    num_cpus = max(4, os.cpu_count() or 1) if address == "local" else None
+    ray.init(address, num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def require_tracking() -> str:
+    """MLflow's address, from the environment. Raises UserError if there is none."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise UserError(
+            "MLFLOW_TRACKING_URI is not set: point it to an MLflow server, such as http://127.0.0.1:5000, "
+            "which `gru run` starts"
+        )
+    return uri

@@ -1,0 +1,113 @@
+"""What each stage is called and where its result lives: named by what goes into it, so it is never made twice.
+
+A stage is done when its result file exists, which its job writes last. Serving is done as long as the endpoint
+answers.
+"""
+
+import json
+import os
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from gru import storage
+from gru.config import PipelineConfig, TrainConfig, content_key
+from gru.errors import UserError
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    key: str
+    path: str
+
+    @property
+    def directory(self) -> str:
+        return self.path.rsplit("/", 1)[0]
+
+    def result(self) -> Result | None:
+        return storage.read_json(self.path) if storage.exists(self.path) else None
+
+    def require(self) -> Result:
+        """The result. Raises UserError if the stage is not done."""
+        result = self.result()
+        if result is None:
+            raise UserError(f"{self.name} is not done for this config: run python -m jobs.{self.name} first")
+        return result
+
+    def commit(self, result: Result) -> Result:
+        storage.write_json(self.path, result)
+        return result
+
+
+@dataclass(frozen=True)
+class Service(Stage):
+    """A stage whose result is a running endpoint; `path` is its address."""
+
+    model: str
+    version: str
+
+    def result(self) -> Result | None:
+        try:
+            with urllib.request.urlopen(f"{self.path}/v1/models", timeout=3) as response:
+                served = json.load(response)["data"][0]
+        except (OSError, ValueError, LookupError):
+            return None
+        if (served["id"], served["version"]) != (self.model, self.version):
+            return None
+        return {"stage": self.name, "endpoint": self.path, "model": self.model, "version": self.version}
+
+
+def of(name: str, config: PipelineConfig, results: dict[str, Result]) -> Stage:
+    """The stage of that name, given the results of those before it."""
+    match name:
+        case "prepare":
+            return prepare(config)
+        case "train":
+            return train(config, results["prepare"])
+        case "evaluate":
+            return evaluate(config, results["prepare"], results["train"])
+        case "promote":
+            return promote(config, results["train"], results["evaluate"])
+        case "serve":
+            return serve(config)
+    raise AssertionError(name)
+
+
+def prepare(config: PipelineConfig) -> Stage:
+    from gru.corpus.shards import dataset_key
+
+    key = dataset_key(config.corpus, config.tokenizer)
+    return Stage("prepare", key, storage.join(config.storage, "datasets", key, "result.json"))
+
+
+def train(config: PipelineConfig, prepared: Result) -> Stage:
+    """How many workers train, and how often they save, is not part of what is made."""
+    settings = config.train.model_dump(exclude=set(TrainConfig.PLACEMENT))
+    key = content_key("train", prepared["digest"], config.model, settings)
+    return Stage("train", key, storage.join(config.storage, "runs", key, "result.json"))
+
+
+def evaluate(config: PipelineConfig, prepared: Result, trained: Result) -> Stage:
+    key = content_key("evaluate", trained["key"], prepared["heldout_digest"], config.evaluate)
+    return Stage("evaluate", key, storage.join(config.storage, "runs", trained["key"], f"evaluation-{key}.json"))
+
+
+def promote(config: PipelineConfig, trained: Result, evaluated: Result) -> Stage:
+    registry = os.environ.get("MLFLOW_TRACKING_URI")
+    key = content_key("promote", evaluated["key"], config.model_name, config.experiment, registry)
+    return Stage("promote", key, storage.join(config.storage, "runs", trained["key"], f"promotion-{key}.json"))
+
+
+def serve(config: PipelineConfig) -> Service:
+    """Raises UserError if the model has no champion."""
+    from gru import registry
+
+    champion = registry.resolve(config.model_name, registry.CHAMPION)
+    if champion is None:
+        raise UserError(f"model {config.model_name!r} has no @{registry.CHAMPION}: run python -m jobs.promote first")
+    key = content_key("serve", config.model_name, champion.version, config.serve)
+    address = f"http://{config.serve.host}:{config.serve.port}"
+    return Service("serve", key, address, config.model_name, champion.version)

@@ -1,0 +1,54 @@
+"""Train the model on the prepared dataset (Ray Train), and bundle it."""
+
+import time
+from typing import Any
+
+from gru import storage, tracking
+from gru.config import PipelineConfig
+from jobs import entry, stages
+
+
+def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) -> dict[str, Any]:
+    tracking_uri = entry.require_tracking()
+    prepared = stages.prepare(config).require()
+    stage = stages.train(config, prepared)
+    if result := stage.result():
+        return result
+    from gru import registry
+    from gru.corpus.shards import open_dataset
+    from gru.training.trainer import train
+
+    entry.start_ray()
+    started = time.monotonic()
+    dataset = open_dataset(prepared["dataset"])
+    bundle = storage.join(stage.directory, "bundle")
+    with tracking.stage_run(config.experiment, stage.key, stage.name, parent) as run:
+        run.log_params({"model": config.model.model_dump(), "train": config.train.model_dump()})
+        counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
+        run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
+        last = train(config.model, config.train, dataset, stage.directory, tracking_uri, run.id, progress)
+        run.log_loss_curve()
+        lineage = {
+            "run": run.id,
+            "checkpoint_step": last.step,
+            "dataset": prepared["dataset"],
+            "dataset_digest": prepared["digest"],
+            "tokenizer_digest": dataset.manifest.tokenizer_digest,
+            "sources": config.corpus.sources,
+            "versions": last.state["versions"],
+        }
+        registry.write_bundle(bundle, config.model, last.tensors["ema"], dataset.tokenizer(), lineage)
+        result = {
+            "stage": stage.name,
+            "key": stage.key,
+            "bundle": bundle,
+            "run": run.id,
+            "steps": last.step,
+            "heldout_loss": run.history("heldout/loss")[-1][1],
+            "seconds": round(time.monotonic() - started, 1),
+        }
+    return stage.commit(result)
+
+
+if __name__ == "__main__":
+    entry.main("train", __doc__ or "", run)

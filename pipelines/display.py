@@ -1,0 +1,66 @@
+"""What a person sees while the workflow runs: a live table of stages, or plain lines where there is no terminal."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 10.0
+COLOURS = {"waiting": "dim", "running": "cyan", "done": "green", "done before": "green", "failed": "red"}
+
+
+class Display:
+    """Called from the workflow's threads with (stage, state, detail)."""
+
+    def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
+        self.console = console
+        self.rows = dict.fromkeys(stages, ("waiting", ""))
+        self.started: dict[str, float] = {}
+        self.ended: dict[str, float] = {}
+        self.spinner = Spinner("dots")
+        self.live = Live(get_renderable=self._table, console=console, refresh_per_second=4, transient=False)
+        self.last_line = 0.0
+
+    def __enter__(self) -> "Display":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self.live.stop()
+
+    def watch(self, stage: str, state: str, detail: str) -> None:
+        before, _ = self.rows[stage]
+        now = time.monotonic()
+        self.started.setdefault(stage, now)
+        if state != "running":
+            self.ended[stage] = now
+        self.rows[stage] = (state, detail)
+        if not self.console.is_terminal and (state != before or now - self.last_line > SECONDS_BETWEEN_LINES):
+            self.last_line = now
+            self.console.print(
+                f"{stage:9} {state:11} {self._elapsed(stage):>5}  {detail}", highlight=False, soft_wrap=True
+            )
+
+    def _elapsed(self, stage: str) -> str:
+        if stage not in self.started:
+            return ""
+        seconds = self.ended.get(stage, time.monotonic()) - self.started[stage]
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("stage", "state", "time"):
+            table.add_column(heading, no_wrap=True)
+        table.add_column("")
+        for stage, (state, detail) in self.rows.items():
+            shown = self.spinner if state == "running" else Text(state, style=COLOURS[state])
+            table.add_row(stage, shown, self._elapsed(stage), Text(detail, style="dim" if state == "running" else ""))
+        return table

@@ -1,0 +1,105 @@
+"""Stages as Ray jobs: submit, or attach to one that is there; follow, and stop.
+
+Submission ids derive from what a stage makes, so a caller that was killed finds its job again.
+"""
+
+import asyncio
+import logging
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gru.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
+
+USER_ERROR_STATUS = 2
+
+
+class JobFailed(RuntimeError):
+    """A job ended without a result, and not by a mistake of the user's."""
+
+
+class RayJobs:
+    """The job server of one cluster. `working_dir` travels with each job; None where the code is there already."""
+
+    def __init__(self, address: str, working_dir: str | None, environment: dict[str, str]) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it sets its own level
+        self.client = JobSubmissionClient(address)
+        self.runtime_env: dict[str, object] = {"env_vars": environment}
+        self.python = sys.executable
+        if working_dir is not None:
+            self.runtime_env["working_dir"] = working_dir
+            self.python = "python"  # the cluster's own
+
+    def run(self, name: str, arguments: list[str], log: Path, progress: Callable[[str], None]) -> None:
+        """Run `python -m jobs.X ...` under the newest attempt of `name` and wait for its success.
+
+        An attempt that is under way is joined; after one that has ended, the next is made. Raises UserError with
+        the job's own line for a user's mistake, JobFailed for anything else.
+        """
+        submission_id = self._attach_or_submit(name, shlex.join([self.python, "-m", *arguments]))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as file:
+            lines = asyncio.run(self._follow(submission_id, arguments[0].removeprefix("jobs."), file.write, progress))
+        details = self._ended(submission_id)
+        if details.status.value == "SUCCEEDED":
+            return
+        if details.driver_exit_code == USER_ERROR_STATUS:
+            mistakes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            raise UserError(mistakes[-1] if mistakes else f"{name}: see {log}")
+        last = next((line for line in reversed(lines) if line.strip()), details.message or "no output")
+        raise JobFailed(f"job {submission_id} {details.status.value.lower()}: {last}\nits log: {log}")
+
+    def stop(self, prefix: str) -> None:
+        """Stop the jobs under way whose submission id begins with `prefix`."""
+        for job in self.client.list_jobs():
+            if job.submission_id and job.submission_id.startswith(prefix) and not job.status.is_terminal():
+                self.client.stop_job(job.submission_id)
+
+    def _attach_or_submit(self, name: str, entrypoint: str) -> str:
+        pattern = re.compile(re.escape(name) + r"-(\d+)")
+        attempts: dict[int, JobDetails] = {}
+        for job in self.client.list_jobs():
+            if found := pattern.fullmatch(job.submission_id or ""):
+                attempts[int(found[1])] = job
+        newest = max(attempts, default=0)
+        if newest and not attempts[newest].status.is_terminal():
+            return f"{name}-{newest}"
+        submission_id = f"{name}-{newest + 1}"
+        try:
+            self.client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=self.runtime_env)
+        except RuntimeError as error:
+            if "already exists" not in str(error):  # else another process was faster: attach to its job
+                raise
+        return submission_id
+
+    async def _follow(
+        self, submission_id: str, stage: str, write: Callable[[str], object], progress: Callable[[str], None]
+    ) -> list[str]:
+        """The last lines of a job's log, which is copied by `write`; its progress lines go to `progress`."""
+        lines: list[str] = []
+        partial = ""
+        async for text in self.client.tail_job_logs(submission_id):
+            write(text)
+            *complete, partial = (partial + text).split("\n")
+            for line in complete:
+                if line.startswith(f"{stage}: "):
+                    progress(line.removeprefix(f"{stage}: "))
+            lines = (lines + complete)[-50:]
+        return [*lines, partial]
+
+    def _ended(self, submission_id: str) -> "JobDetails":
+        """The job's details once its status is final: its log may end a moment earlier."""
+        while True:
+            details = self.client.get_job_info(submission_id)
+            if details.status.is_terminal():
+                return details
+            time.sleep(0.2)

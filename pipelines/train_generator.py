@@ -1,0 +1,160 @@
+"""The workflow: prepare, train, evaluate, promote, serve, each a Ray job, as one durable DBOS workflow.
+
+Killed at any moment, the same call goes on: DBOS recovers the workflow, its steps attach to their jobs by id, and
+a stage whose result is in storage is not done again.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dbos import DBOS, DBOSConfig, SetWorkflowID
+
+from gru import tracking
+from gru.config import PipelineConfig, content_key
+from jobs import stages
+from jobs.stages import Result
+from pipelines.ray_jobs import RayJobs
+
+STAGES = ("prepare", "train", "evaluate", "promote", "serve")
+APPLICATION_VERSION = "1"  # a workflow is recovered only by the version that began it: raise it when its steps change
+DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
+
+State = Literal["waiting", "running", "done", "done before", "failed"]
+Watch = Callable[[str, State, str], None]
+"""Called with stage, state and a line of detail whenever one changes."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the steps of this process work with; not part of the durable workflow."""
+
+    jobs: RayJobs
+    logs: Path
+    watch: Watch
+
+
+_surroundings: Surroundings | None = None
+
+
+def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -> Result:
+    """Run the workflow of this config to its end, or join the one that is under way; the summary of its stages."""
+    global _surroundings
+    _surroundings = surroundings
+    prefix = f"{config.name}-{content_key(config, stages.prepare(config).key)}"
+    settings: DBOSConfig = {
+        "name": "gru",
+        "system_database_url": database,
+        "application_version": APPLICATION_VERSION,
+        "executor_id": prefix,  # launching recovers this config's workflow, and no other's
+        "console_log_level": "CRITICAL",
+    }
+    DBOS(config=settings)
+    try:
+        DBOS.launch()
+        return _attach_or_start(prefix, config).get_result()
+    finally:
+        DBOS.destroy()
+
+
+def database_url(store: str) -> str:
+    return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{Path(store) / 'workflows.sqlite'}"
+
+
+def _attach_or_start(prefix: str, config: PipelineConfig) -> Any:
+    known = {}
+    for status in DBOS.list_workflows(workflow_id_prefix=f"{prefix}-"):
+        if found := re.fullmatch(re.escape(prefix) + r"-(\d+)", status.workflow_id):
+            known[int(found[1])] = status.status
+    newest = max(known, default=0)
+    if known.get(newest) in ("PENDING", "ENQUEUED"):
+        return DBOS.retrieve_workflow(f"{prefix}-{newest}")
+    with SetWorkflowID(f"{prefix}-{newest + 1}"):
+        return DBOS.start_workflow(train_generator, config.model_dump_json(), prefix)
+
+
+@DBOS.workflow()
+def train_generator(config_json: str, key: str) -> Result:
+    parent = open_parent(config_json, key)
+    results: dict[str, Result] = {}
+    try:
+        for name in STAGES:
+            results[name] = run_stage(name, config_json, parent, results)
+    except Exception:
+        close_parent(parent, "FAILED", {})
+        raise
+    measured = {name: results["evaluate"][name] for name in ("bits_per_byte", "nats_per_character", "perplexity")}
+    close_parent(parent, "FINISHED", measured)
+    return {
+        "model": results["promote"]["model"],
+        "version": results["promote"]["version"],
+        "promoted": results["promote"]["promoted"],
+        "serving": results["serve"]["version"],
+        **measured,
+        "endpoint": results["serve"]["endpoint"],
+        "tracking": parent,
+        "sample": results["evaluate"]["samples"][0],
+    }
+
+
+@DBOS.step()
+def open_parent(config_json: str, key: str) -> str:
+    """The MLflow run over all stages; its id."""
+    config = PipelineConfig.model_validate_json(config_json)
+    run = tracking.open_run(config.experiment, key, config.name)
+    run.log_params(config.model_dump())
+    return run.id
+
+
+@DBOS.step()
+def close_parent(run_id: str, status: str, measured: dict[str, float]) -> None:
+    run = tracking.find_run(run_id)
+    run.log_metrics(measured)
+    run.finish(status)
+
+
+@DBOS.step()
+def run_stage(name: str, config_json: str, parent: str, results: dict[str, Result]) -> Result:
+    """The result of a stage: the one that is there, or that of its Ray job."""
+    assert _surroundings is not None
+    watch = _surroundings.watch
+    config = PipelineConfig.model_validate_json(config_json)
+    stage = stages.of(name, config, results)
+    result = stage.result()
+    if result is not None:
+        watch(name, "done before", summary(name, result))
+        return result
+    watch(name, "running", "")
+    try:
+        _surroundings.jobs.run(
+            f"gru-{config.name}-{name}-{stage.key}",
+            [f"jobs.{name}", config_json, "--parent", parent],
+            _surroundings.logs / f"{name}-{stage.key}.log",
+            lambda line: watch(name, "running", line),
+        )
+    except Exception:
+        watch(name, "failed", "")
+        raise
+    result = stage.result()
+    assert result is not None, f"{name} succeeded, but left no result"
+    watch(name, "done", summary(name, result))
+    return result
+
+
+def summary(name: str, result: Result) -> str:
+    """A stage's result in a few words."""
+    match name:
+        case "prepare":
+            return f"{result['documents']:,} documents, {result['bytes'] / 1e6:,.1f} MB, {result['tokens']:,} tokens"
+        case "train":
+            return f"{result['steps']:,} steps, held-out {result['heldout_loss']:.3f} nats per token"
+        case "evaluate":
+            return f"{result['bits_per_byte']:.3f} bits per byte"
+        case "promote":
+            alias = "champion" if result["promoted"] else "challenger"
+            return f"{result['model']} version {result['version']} is @{alias}: {result['reason']}"
+        case _:
+            return f"version {result['version']} at {result['endpoint']}"

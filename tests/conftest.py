@@ -1,0 +1,59 @@
+"""What several test modules share: a corpus to learn from, one Ray for the session, an MLflow of the test's own."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import entry
+
+os.environ.pop("RAY_ADDRESS", None)
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+entry.quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of this session's own, with four logical CPUs."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of an empty MLflow store, which is MLflow's own default while the test runs."""
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    client.create_experiment("test", artifact_location=str(tmp_path / "artifacts"))
+    yield uri
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="session")
+def fables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON Lines corpus of 3,000 short documents in a language that is quickly learned, title and text."""
+    path = tmp_path_factory.mktemp("corpus") / "fables.jsonl"
+    path.write_text("".join(f'{{"title": "{t}", "text": "{b}"}}\n' for t, b in _fables(random.Random(0), 3000)))
+    return path
+
+
+def _fables(chance: random.Random, count: int) -> Iterator[tuple[str, str]]:
+    animals, places = ["fox", "crow", "lion", "mouse", "tortoise", "hare"], ["river", "wood", "field", "road"]
+    for _ in range(count):
+        one, other = chance.sample(animals, 2)
+        sentences = [
+            f"A {one} met a {other} by the {chance.choice(places)}.",
+            f"The {one} said to the {other}: come with me to the {chance.choice(places)}.",
+            f"The {other} did not want to go, and the {one} went alone.",
+        ]
+        yield f"The {one} and the {other}", " ".join(sentences[: chance.randint(1, 3)])

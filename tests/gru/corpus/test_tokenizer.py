@@ -1,0 +1,130 @@
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from gru.config import TokenizerConfig
+from gru.corpus.tokenizer import END_OF_TEXT, Tokenizer, load, train
+from gru.errors import UserError
+
+TEXTS = [
+    "def f(x):\n    return x  # it's\n" * 20,
+    "白日依山盡，黃河入海流。\n" * 20,
+    "The quick brown fox jumps over the lazy dog. " * 20,
+]
+AWKWARD = [
+    "",
+    " ",
+    END_OF_TEXT,
+    f"a{END_OF_TEXT}b {END_OF_TEXT}\n",
+    "\x00\x01\x7f\x80\xff\ufeff",
+    "😀👩‍👩‍👧🇩🇪 e\u0301",
+    "never seen: ØĦ ﷽ 𒐫 \U0010ffff <0x41> Ġ",
+    "tabs\t\t  spaces   \r\n\r\n\u2028\u2029\x0c\x85\u00a0",
+    "1234567890 3.14 it's they'll I'VE",
+]
+
+
+@pytest.fixture(scope="module", params=["bpe", "char", "byte"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return train(TokenizerConfig(kind=request.param, vocab_size=400), TEXTS)
+
+
+def random_texts(count: int) -> list[str]:
+    rng = random.Random(1)
+    alphabet = "ab \n\r\t'.,0<|>endoftextĠé黃河白日😀\x00\u2028"
+    return ["".join(rng.choices(alphabet, k=rng.randrange(0, 60))) for _ in range(count)]
+
+
+def test_decoding_gives_back_any_text(tokenizer: Tokenizer) -> None:
+    texts = [*TEXTS, *AWKWARD, *random_texts(300)]
+    for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
+        assert ids.dtype == np.uint32
+        assert tokenizer.decode(ids) == text
+        assert np.array_equal(ids, tokenizer.encode(text))
+        assert tokenizer.end_of_text not in ids
+    assert tokenizer.encode_documents([]) == []
+
+
+def test_ids_are_those_of_the_tokenizers_library(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(tokenizer.json)
+    library = tokenizers.Tokenizer.from_file(str(path))
+    library.encode_special_tokens = True
+    assert library.token_to_id(END_OF_TEXT) == tokenizer.end_of_text
+    assert library.get_vocab_size() == tokenizer.vocab_size == len(tokenizer.token_bytes)
+    for text in [*TEXTS, *AWKWARD, *random_texts(200)]:
+        ids = tokenizer.encode(text)
+        assert library.encode(text).ids == ids.tolist()
+        assert library.decode(ids.tolist()) == text
+
+
+def test_a_saved_tokenizer_loads_and_training_is_deterministic(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(tokenizer.json)
+    loaded = load(str(path))
+    assert (loaded.digest, loaded.vocab_size) == (tokenizer.digest, tokenizer.vocab_size)
+    assert loaded.token_bytes[loaded.end_of_text] == b""
+    kinds = {"table": ["char", "byte"], "gigatoken": ["bpe"]}[tokenizer.backend]
+    again = [train(TokenizerConfig(kind=kind, vocab_size=400), TEXTS[::-1]).digest for kind in kinds]
+    assert tokenizer.digest in again
+
+
+def test_vocabulary_is_of_the_size_asked_for() -> None:
+    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    assert bpe.vocab_size == 300
+    assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0])
+    char = train(TokenizerConfig(kind="char", vocab_size=260), ["aabbbcdd"])
+    assert char.vocab_size == 260
+    assert [char.decode([i]) for i in range(3)] == ["b", "a", "d"]
+    assert char.encode("c").tolist() == [3 + ord("c")]
+    assert train(TokenizerConfig(kind="byte"), TEXTS).vocab_size == 257
+    assert train(TokenizerConfig(kind="bpe"), []).vocab_size == 257
+
+
+def test_halves_of_a_character_decode_to_replacements() -> None:
+    byte = train(TokenizerConfig(kind="byte"), [])
+    assert byte.decode(byte.encode("黃")[:2]) == "\ufffd"
+
+
+def test_training_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_encoding_falls_back_where_gigatoken_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import gigatoken
+
+    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    assert bpe.backend == "gigatoken"
+    monkeypatch.setattr(gigatoken, "Tokenizer", None)
+    other = Tokenizer(bpe.json)
+    assert other.backend == "tokenizers"
+    assert "gigatoken cannot be used" in caplog.text
+    for text in AWKWARD:
+        assert np.array_equal(other.encode(text), bpe.encode(text))
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        load(str(path))
+    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+
+    def refused(message: str, **changes: object) -> None:
+        path.write_text(json.dumps(json.loads(bpe.json) | changes))
+        with pytest.raises(UserError, match=f"tokenizer.json: .*{message}"):
+            load(str(path))
+
+    refused(r"has no <\|endoftext\|> token", added_tokens=[])
+    refused("normalizer", normalizer={"type": "NFC"})
+    refused("byte-level", pre_tokenizer={"type": "Whitespace"})
+    refused("byte-level BPE", model={"type": "BPE"})
+    path.write_bytes(b"\xff{")
+    with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer.json"):
+        load(str(path))

@@ -1,0 +1,252 @@
+import itertools
+import math
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from gru.config import ModelConfig
+from gru.model.language_model import GRULanguageModel
+from gru.serving import engine as engines
+from gru.serving.engine import Closed, Engine, Overloaded, reproducible_widths
+from gru.serving.sampling import SamplingParams, sample
+
+END = 0
+VOCAB = 301
+
+
+class Sink:
+    """A receiver that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.end: object = None
+        self.done = threading.Event()
+
+    def __call__(self, token: int | None, end: object) -> None:
+        if token is not None:
+            self.tokens.append(token)
+        if end is not None:
+            self.end = end
+            self.done.set()
+
+    def wait(self) -> "Sink":
+        assert self.done.wait(60), "the request never ended"
+        return self
+
+
+class Slow(torch.nn.Module):
+    """The model, but each call waits to be let through, or fails."""
+
+    def __init__(self, model: GRULanguageModel) -> None:
+        super().__init__()
+        self.model = model
+        self.vocab_size = model.vocab_size
+        self.initial_state = model.initial_state
+        self.shapes: list[tuple[int, ...]] = []
+        self.pause = 0.0
+        self.failing = False
+
+    def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.shapes.append(tuple(tokens.shape))
+        time.sleep(self.pause)
+        if self.failing:
+            raise RuntimeError("out of luck")
+        return self.model(tokens, state)
+
+
+def make_model(embedding: int = 24, hidden: int = 37, layers: int = 2) -> GRULanguageModel:
+    torch.manual_seed(0)
+    model = GRULanguageModel(ModelConfig(embedding=embedding, hidden=hidden, layers=layers), VOCAB).eval()
+    with torch.no_grad():
+        model.output_bias[END] = -100  # documents do not end by chance
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> GRULanguageModel:
+    return make_model()
+
+
+@pytest.fixture
+def engine(model: GRULanguageModel) -> Iterator[Engine]:
+    engine = Engine(model, END, slots=8, max_queue=100)
+    yield engine
+    engine.close(drain=False)
+    assert engine.join(10)
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(0, 200, count)
+    return [generator.integers(1, VOCAB, length).tolist() for length in lengths]
+
+
+def params(i: int) -> SamplingParams:
+    return SamplingParams(i, *[(1.0, 0, 1.0), (0.8, 20, 1.0), (1.2, 0, 0.9), (0.0, 0, 1.0)][i % 4])
+
+
+def run(engine: Engine, requests: list[tuple[list[int], SamplingParams, int]]) -> list[list[int]]:
+    sinks = [Sink() for _ in requests]
+    for request, sink in zip(requests, sinks, strict=True):
+        engine.submit(*request, sink)
+    return [sink.wait().tokens for sink in sinks]
+
+
+def test_equals_a_plain_loop_over_the_model(model: GRULanguageModel, engine: Engine) -> None:
+    for i, prompt in enumerate(prompts(4)):
+        expected: list[int] = []
+        with torch.inference_mode():
+            state = model.initial_state(1)
+            read = torch.tensor([END, *prompt]).unsqueeze(1)
+            logits, state = model(read, state)
+            for position in range(30):
+                [token] = sample(logits[-1].numpy(), [params(i)], [position]).tolist()
+                if token == END:
+                    break
+                expected.append(token)
+                logits, state = model(torch.tensor([[token]]), state)
+        assert run(engine, [(prompt, params(i), 30)]) == [expected]
+
+
+@pytest.mark.parametrize("shape", [(24, 37, 2), (64, 64, 1), (48, 96, 3)])
+def test_a_token_depends_on_weights_prompt_seed_and_position_only(shape: tuple[int, int, int]) -> None:
+    """Bit for bit: logits are compared through what is sampled, hidden states through 60 steps of carrying on."""
+    model = make_model(*shape)
+    requests = [(prompt, params(i), 20 + 7 * i % 60) for i, prompt in enumerate(prompts(12))]
+    answers = []
+    for slots in (1, 5, 12):  # others in the batch, other widths, after a restart
+        for order in (1, -1):  # other slots
+            engine = Engine(model, END, slots=slots, max_queue=100)
+            answers.append(run(engine, requests[::order])[::order])
+            engine.close()
+            assert engine.join(10)
+    for i, request in enumerate(requests[:4]):  # alone
+        engine = Engine(model, END, slots=8, max_queue=1)
+        assert run(engine, [request]) == [answers[0][i]]
+        engine.close()
+    assert all(answer == answers[0] for answer in answers)
+
+
+@pytest.mark.parametrize("shape", [(384, 384, 1), (100, 60, 2), (33, 37, 3)])
+def test_states_and_logits_are_the_same_bits_at_every_width(shape: tuple[int, int, int]) -> None:
+    with torch.inference_mode():
+        assert reproducible_widths(make_model(*shape), 64) == [4, 8, 16, 32, 64]
+
+
+def test_widths_that_round_differently_are_not_used(model: GRULanguageModel) -> None:
+    class Uneven(Slow):
+        def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            logits, state = super().forward(tokens, state)
+            return logits * (1 + 1e-6 * (tokens.shape[1] == 8)), state
+
+    with torch.inference_mode():
+        assert reproducible_widths(Uneven(model), 32) == [4, 16, 32]
+
+
+def test_a_document_may_end() -> None:
+    biased = make_model()
+    with torch.no_grad():
+        biased.output_bias[END] = 8
+    engine = Engine(biased, END, slots=4, max_queue=4)
+    sink = Sink()
+    engine.submit([5], SamplingParams(3), 10_000, sink)
+    assert sink.wait().end == "stop" and END not in sink.tokens
+    engine.close()
+
+
+def test_a_long_prompt_does_not_stall_others(model: GRULanguageModel) -> None:
+    slow = Slow(model)
+    engine = Engine(slow, END, slots=4, max_queue=4)
+    first, second = Sink(), Sink()
+    engine.submit([1], SamplingParams(0, temperature=0), 10_000, first)
+    while not first.tokens:
+        time.sleep(0.001)
+    slow.shapes.clear()
+    request = engine.submit([1] * (20 * engines.CHUNK), SamplingParams(1), 1, second)
+    second.wait()
+    engine.close(drain=False)
+    reads = [i for i, shape in enumerate(slow.shapes) if shape[1] == 1]
+    assert len(reads) == 21 and request.read == 20 * engines.CHUNK + 1
+    assert max(slow.shapes[i][0] for i in reads) == engines.CHUNK
+    assert all(later - earlier == 2 for earlier, later in itertools.pairwise(reads))
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(model: GRULanguageModel) -> None:
+    slow = Slow(model)
+    engine = Engine(slow, END, slots=1, max_queue=2)
+    slow.pause = 0.01
+    sinks = [Sink() for _ in range(4)]
+    handles = [engine.submit([1], SamplingParams(0, temperature=0), 100_000, sink) for sink in sinks[:3]]
+    with pytest.raises(Overloaded):
+        engine.submit([1], SamplingParams(0), 1, sinks[3])
+    while not sinks[0].tokens:
+        time.sleep(0.001)
+    assert (engine.active, engine.waiting) == (1, 2)
+    engine.cancel(handles[1])  # in the queue
+    assert engine.waiting == 1
+    engine.cancel(handles[0])  # in a slot
+    while not sinks[2].tokens:
+        time.sleep(0.001)
+    assert (engine.active, engine.waiting) == (1, 0)
+    engine.submit([1], SamplingParams(0), 1, sinks[3])
+    engine.cancel(handles[2])
+    assert sinks[3].wait().tokens
+    assert sinks[0].end is sinks[1].end is sinks[2].end is None
+    engine.close()
+    assert engine.join(10)
+
+
+def test_an_error_in_the_model_reaches_every_request(model: GRULanguageModel) -> None:
+    slow = Slow(model)
+    engine = Engine(slow, END, slots=2, max_queue=8)
+    slow.pause = 0.005
+    sinks = [Sink() for _ in range(5)]
+    for sink in sinks:
+        engine.submit([1], SamplingParams(0, temperature=0), 100_000, sink)
+    slow.failing = True
+    for sink in sinks:
+        assert isinstance(sink.wait().end, RuntimeError) and "out of luck" in str(sink.end)
+    assert engine.join(10) and engine.heartbeat == -math.inf
+    with pytest.raises(Closed):
+        engine.submit([1], SamplingParams(0), 1, Sink())
+
+
+def test_a_receiver_that_fails_harms_nobody_else(engine: Engine) -> None:
+    def broken(token: int | None, end: object) -> None:
+        raise OSError("gone")
+
+    sink = Sink()
+    engine.submit([1], SamplingParams(0, temperature=0), 10_000, broken)
+    engine.submit([2], SamplingParams(0, temperature=0), 50, sink)
+    assert sink.wait().end == "length" and len(sink.tokens) == 50
+    assert engine.active == 0
+
+
+def test_closing_drains_or_ends(model: GRULanguageModel) -> None:
+    engine = Engine(model, END, slots=2, max_queue=8)
+    sinks = [Sink() for _ in range(5)]
+    for sink in sinks:
+        engine.submit([1], SamplingParams(0, temperature=0), 40, sink)
+    engine.close(drain=True)
+    with pytest.raises(Closed):
+        engine.submit([1], SamplingParams(0), 1, Sink())
+    assert [sink.wait().end for sink in sinks] == ["length"] * 5
+    assert engine.join(10)
+    engine = Engine(model, END, slots=2, max_queue=8)
+    sink = Sink()
+    engine.submit([1], SamplingParams(0, temperature=0), 10**9, sink)
+    engine.close(drain=False)
+    assert isinstance(sink.wait().end, Closed) and engine.join(10)
+
+
+def test_an_idle_engine_sleeps_and_is_well(engine: Engine) -> None:
+    run(engine, [([1], SamplingParams(0), 5)])
+    time.sleep(0.05)
+    assert engine.heartbeat == math.inf
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.1

@@ -1,0 +1,84 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from gru.config import PipelineConfig, content_key, describe, load
+from gru.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "pipelines" / "configs"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    return write(tmp_path / "c.toml", '[corpus]\nsources = ["a.txt"]\n')
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "shakespeare", "poetry", "gpu"])
+def test_presets_are_valid(preset: str) -> None:
+    assert load(CONFIGS / f"{preset}.toml").name == preset
+
+
+def test_overrides_take_toml_values_and_bare_words(minimal: Path) -> None:
+    config = load(
+        minimal, ["train.steps=7", "name=mine", 'corpus.sources=["x", "y"]', "train.gpu=true", "storage=/a b/c"]
+    )
+    assert (config.train.steps, config.name, config.corpus.sources) == (7, "mine", ["x", "y"])
+    assert config.train.gpu is True
+    assert config.storage == "/a b/c"
+
+
+def test_json_text_is_the_same_configuration(minimal: Path) -> None:
+    config = load(minimal, ["train.steps=7"])
+    assert load(config.model_dump_json()) == config
+    assert load(json.dumps(config.model_dump())) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stpes=1", "train.stpes: unknown key; known here: steps, "),
+        ("trian.steps=1", "trian: unknown key; known here: name, storage, "),
+        ("train.steps=many", "train.steps: "),
+        ("train.steps=0", "train.steps: input should be greater than 0, not 0"),
+        ("train.workers=99", "train: workers = 99 exceeds lanes = 32"),
+        ("tokenizer.kind=word", "tokenizer.kind: "),
+        ("corpus.sources=[]", "corpus.sources: "),
+        ("train", "--set train: expected section.key=value"),
+        ("name.x=1", "name: "),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(minimal: Path, override: str, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)) as caught:
+        load(minimal, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.toml: cannot read the configuration"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(UserError, match=r"bad\.toml: not valid TOML"):
+        load(write(tmp_path / "bad.toml", "name = "))
+    with pytest.raises(UserError, match=r"corpus: required, but absent"):
+        load(write(tmp_path / "empty.toml", ""))
+
+
+def test_every_key_is_described() -> None:
+    text = describe()
+    for section, field in PipelineConfig.model_fields.items():
+        names = getattr(field.annotation, "model_fields", None)
+        for name in names or [section]:
+            key = f"{section}.{name}" if names else name
+            assert re.search(rf"^  {re.escape(key)}: .+\n      \S.+$", text, re.MULTILINE), key
+
+
+def test_keys_differ_with_what_goes_in_and_only_then(minimal: Path) -> None:
+    config = load(minimal)
+    assert content_key("x", config.model) == content_key("x", load(minimal).model)
+    assert content_key("x", config.model) != content_key("x", load(minimal, ["model.hidden=7"]).model)

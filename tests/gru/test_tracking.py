@@ -1,0 +1,48 @@
+import pytest
+
+from gru import tracking
+
+
+def points(*steps: int) -> list[tracking.Point]:
+    return [{"step": step, "time": 1e9 + step, "metrics": {"train/loss": 1 / step}} for step in steps]
+
+
+def test_a_run_is_found_again_by_its_key(mlflow_store: str) -> None:
+    parent = tracking.open_run("test", "a", "pipeline")
+    with tracking.stage_run("test", "b", "train", parent.id) as stage:
+        stage.log_points(points(1, 2))
+    again = tracking.open_run("test", "b", "train", parent.id)
+    assert again.id == stage.id != parent.id
+    again.log_points(points(3))
+    assert again.history("train/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    stored = again.client.get_run(again.id)
+    assert stored.data.tags["mlflow.parentRunId"] == parent.id
+    assert stored.info.status == "RUNNING"
+
+
+def test_the_status_tells_how_a_stage_ended(mlflow_store: str) -> None:
+    with pytest.raises(ZeroDivisionError), tracking.stage_run("test", "x", "train") as run:
+        _ = 1 / 0
+    assert run.client.get_run(run.id).info.status == "FAILED"
+    with tracking.stage_run("test", "x", "train") as again:
+        pass
+    assert again.id == run.id
+    assert run.client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_logging_again_changes_nothing(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "pipeline")
+    for value in (1, 2):
+        run.log_params({"train": {"steps": value, "text": "x" * 300}, "empty": ""})
+        run.log_metrics({"bits": value})
+    data = run.client.get_run(run.id).data
+    assert data.params["train.steps"] == "1"
+    assert len(run.client.get_metric_history(run.id, "bits")) == 1
+
+
+def test_more_points_than_one_call_takes(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "train")
+    run.log_points(points(*range(1, 2001)))
+    assert [step for step, _ in run.history("train/loss")] == list(range(1, 2001))
+    run.log_loss_curve()
+    assert [file.path for file in run.client.list_artifacts(run.id)] == ["loss.png"]

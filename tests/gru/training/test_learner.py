@@ -1,0 +1,117 @@
+"""Promises of training, without Ray: it learns, going on is exact, and workers do not change what is computed."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from gru.config import ModelConfig, TrainConfig
+from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.training import checkpoint as checkpoints
+from gru.training.learner import Learner, learning_rate, own_lanes
+
+MODEL = ModelConfig(embedding=16, hidden=24, layers=2, dropout=0.2)
+CONFIG = TrainConfig(steps=12, lanes=6, window=8, warmup_steps=2, seed=3)
+VOCAB, END = 20, 0
+
+
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, VOCAB, 800).astype(np.uint16)
+
+
+def train(learner: Learner, steps: int) -> list[float]:
+    """Losses of the learner's own lanes, from where it is up to `steps`."""
+    corpus, losses = tokens(), []
+    order = LaneOrder([400, 400], CONFIG.seed, CONFIG.lanes, CONFIG.window)
+    with LaneReader(order, lambda i: corpus[400 * i : 400 * (i + 1)], END, learner.lanes) as reader:
+        while learner.step < steps:
+            loss, _ = learner.train_step(*reader.batch(learner.step))
+            losses.append(float(loss))
+    return losses
+
+
+def learner(rank: int = 0, world: int = 1) -> Learner:
+    return Learner(MODEL, CONFIG, VOCAB, END, rank, world)
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    parts = {"model": learner.model, "ema": learner.average}
+    return {f"{name}.{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+
+
+def test_going_on_from_a_checkpoint_is_bit_identical(tmp_path: Path) -> None:
+    undisturbed = learner()
+    losses = train(undisturbed, 12)
+    first = learner()
+    train(first, 5)
+    checkpoints.save(first.checkpoint({"identity": {}}), tmp_path)
+    torch.manual_seed(99)  # nothing may hang on the global generator
+    second = learner()
+    second.restore(checkpoints.load(str(tmp_path)))
+    assert second.step == 5
+    assert train(second, 12) == losses[5:]
+    expected = weights(undisturbed)
+    for name, tensor in weights(second).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert torch.equal(second.state_LBH, undisturbed.state_LBH)
+
+
+def test_it_learns() -> None:
+    config = TrainConfig(steps=150, lanes=4, window=16, warmup_steps=5)
+    pupil = Learner(ModelConfig(embedding=32, hidden=32), config, VOCAB, END)
+    corpus = np.tile(np.arange(1, 11, dtype=np.uint16), 200)
+    order = LaneOrder([len(corpus)], 0, config.lanes, config.window)
+    with LaneReader(order, lambda i: corpus, END, pupil.lanes) as reader:
+        losses = [float(pupil.train_step(*reader.batch(step))[0]) for step in range(150)]
+    assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.1)
+    assert losses[-1] < 0.1
+    assert pupil.heldout_loss(corpus[:500]) < 0.2
+
+
+def _work(rank: int, world: int, rendezvous: str, results: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    worker = learner(rank, world)
+    losses = train(worker, 8)
+    totals = worker.sum_over_workers(losses)
+    heldout = worker.heldout_loss(tokens()[:301])
+    checkpoint = worker.checkpoint({"identity": {}, "losses": totals, "heldout": heldout})
+    if rank == 0:
+        checkpoints.save(checkpoint, Path(results))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_workers_share_the_lanes_and_compute_the_same(tmp_path: Path, world: int) -> None:
+    """6 lanes on 4 workers are not shared equally, and each lane's carried state still moves with it."""
+    alone = learner()
+    losses = train(alone, 8)
+    results = tmp_path / "results"
+    results.mkdir()
+    multiprocessing.spawn(_work, (world, str(tmp_path / "rendezvous"), str(results)), nprocs=world)
+    together = checkpoints.load(str(results))
+    assert together.state["losses"] == pytest.approx(losses, rel=1e-5)
+    assert together.state["heldout"] == pytest.approx(alone.heldout_loss(tokens()[:301]), rel=1e-5)
+    torch.testing.assert_close(together.tensors["lanes"]["state"], alone.state_LBH, atol=1e-4, rtol=1e-4)
+    rest = learner()
+    rest.restore(together)
+    assert train(rest, 12) == pytest.approx(train(alone, 12), rel=1e-4)
+
+
+def test_every_lane_has_one_owner() -> None:
+    for lanes, world in [(6, 4), (32, 3), (5, 5), (64, 1)]:
+        owned = [lane for rank in range(world) for lane in own_lanes(lanes, rank, world)]
+        assert owned == list(range(lanes))
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] < 0.1 < rates[5] < rates[10]
+    assert max(rates) == max(rates[9:12]) <= 1.0
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert all(a > b for a, b in itertools.pairwise(rates[11:]))

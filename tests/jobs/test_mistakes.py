@@ -1,0 +1,100 @@
+"""A person's mistake costs one clear line and status 2, before anything is half made."""
+
+import gzip
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+storage = "store"
+[corpus]
+sources = ["corpus.txt"]
+heldout = "tail"
+heldout_share = 0.1
+[tokenizer]
+kind = "byte"
+"""
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "config.toml").write_text(CONFIG)
+    (tmp_path / "corpus.txt").write_text("A crow met a fox.\n" * 100)
+    return tmp_path
+
+
+def fail(directory: Path, *command: str) -> str:
+    """The error line of a command that must fail for a mistake."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW", "RAY_ADDRESS"))}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert not list(directory.glob("store/**/manifest.json"))
+    assert not list(directory.glob("store/**/result.json"))
+    return line
+
+
+def prepare(directory: Path, *overrides: str) -> str:
+    sets = [part for override in overrides for part in ("--set", override)]
+    return fail(directory, sys.executable, "-m", "jobs.prepare", "config.toml", *sets)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.stpes=1", "config.toml: train.stpes: unknown key"),
+        ("train.steps=soon", "config.toml: train.steps: "),
+        ("corpus.sources=['none.txt']", "no such file: .*none.txt"),
+        ("storage=/proc/store", "storage = '/proc/store': cannot write there"),
+    ],
+)
+def test_of_the_configuration(directory: Path, override: str, says: str) -> None:
+    assert re.search(says, prepare(directory, override))
+
+
+def test_a_missing_configuration(directory: Path) -> None:
+    line = fail(directory, sys.executable, "-m", "jobs.prepare", "nothing.toml")
+    assert line == "error: nothing.toml: cannot read the configuration: No such file or directory"
+
+
+def test_an_empty_corpus(directory: Path) -> None:
+    (directory / "corpus.txt").write_text("")
+    assert "corpus.txt" in prepare(directory, "corpus.heldout=hash")
+
+
+def test_text_that_is_not_utf8_is_named_with_its_place(directory: Path) -> None:
+    (directory / "corpus.txt").write_bytes(b"A crow\n" * 10 + b"\xff\n" + b"A fox\n" * 10)
+    assert "corpus.txt: not valid UTF-8 at byte 70" in prepare(directory)
+
+
+def test_a_truncated_file_is_named(directory: Path) -> None:
+    data = gzip.compress(os.urandom(20_000).hex().encode())
+    (directory / "corpus.txt.gz").write_bytes(data[: len(data) // 2])
+    assert "corpus.txt.gz: cannot be read" in prepare(
+        directory, "corpus.sources=['corpus.txt.gz']", "corpus.heldout=hash"
+    )
+
+
+def test_a_stage_without_the_one_before_it(directory: Path) -> None:
+    assert "MLFLOW_TRACKING_URI is not set" in fail(directory, sys.executable, "-m", "jobs.train", "config.toml")
+
+
+@pytest.mark.parametrize(
+    ("option", "named"), [("--mlflow-port={}", "--mlflow-port"), ("--set=serve.port={}", "serve.port")]
+)
+def test_a_port_in_use_is_named_with_its_option(directory: Path, option: str, named: str) -> None:
+    gru = str(Path(sys.executable).with_name("gru"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = fail(directory, gru, "run", "config.toml", option.format(port), "--exit")
+    assert f"port {port} is in use" in line
+    assert named in line

@@ -1,0 +1,343 @@
+"""The whole of it, as its user runs it: killed twice with -9 while it trains, finished by the same command, used."""
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import openai
+import psutil
+import pytest
+import torch
+
+from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.corpus.shards import open_dataset
+from gru.registry import load_bundle
+from gru.training import checkpoint as checkpoints
+from gru.training.learner import Learner
+from jobs import entry
+
+ROOT = Path(__file__).parents[2]
+GRU = [str(Path(sys.executable).with_name("gru"))]
+
+CONFIG = """
+name = "fables"
+storage = "{storage}"
+[corpus]
+sources = ["{corpus}"]
+template = "{{title}}\\n{{text}}"
+heldout_share = 0.05
+segment_tokens = 8192
+[tokenizer]
+vocab_size = 400
+[model]
+embedding = 128
+hidden = 128
+layers = 2
+dropout = 0.1
+[train]
+steps = 800
+lanes = 16
+window = 32
+threads = 1
+checkpoint_seconds = 1
+heldout_steps = 100
+[evaluate]
+prompt = "The "
+sample_tokens = 40
+[serve]
+port = {port}
+poll_seconds = 0.5
+slots = 8
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 180) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"waited {seconds:.0f} s for {what}")
+
+
+@dataclass
+class Pipeline:
+    """`gru run` on a storage and ports of the test's own."""
+
+    directory: Path
+    corpus: Path
+    serve_port: int
+    ray_port: int
+    mlflow_port: int
+    process: subprocess.Popen[str] | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def storage(self) -> Path:
+        return self.directory / "store"
+
+    @property
+    def config(self) -> str:
+        path = self.directory / "fables.toml"
+        path.write_text(CONFIG.format(storage=self.storage, corpus=self.corpus, port=self.serve_port))
+        return str(path)
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.serve_port}"
+
+    @property
+    def tracking(self) -> str:
+        return f"http://127.0.0.1:{self.mlflow_port}"
+
+    @property
+    def command(self) -> list[str]:
+        return [*GRU, "run", self.config, f"--ray-port={self.ray_port}", f"--mlflow-port={self.mlflow_port}"]
+
+    def start(self) -> None:
+        with (self.directory / "out.txt").open("w") as out, (self.directory / "err.txt").open("a") as err:
+            self.process = subprocess.Popen(
+                self.command, cwd=self.directory, stdout=out, stderr=err, text=True, start_new_session=True
+            )
+
+    def newest_step(self) -> int:
+        """Of the checkpoints that are whole; 0 without any."""
+        found = [p.parent.name for p in self.storage.glob(f"runs/*/step-*/{checkpoints.DIGESTS}")]
+        return max((int(name.split("-")[1]) for name in found), default=0)
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, (self.directory / "err.txt").read_text()
+            return self.newest_step() >= step
+
+        wait_for(f"a checkpoint at step {step}", reached)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stack_processes(self) -> list[psutil.Process]:
+        processes = []
+        for note in self.storage.glob("stack/*.json"):
+            root = psutil.Process(json.loads(note.read_text())["process"][0])
+            processes += [root, *root.children(recursive=True)]
+        return processes
+
+    def wait_for_result(self) -> None:
+        def result() -> dict[str, Any] | None:
+            assert self.process is not None
+            lines = (self.directory / "out.txt").read_text().splitlines()
+            if lines:
+                return json.loads(lines[-1])
+            assert self.process.poll() is None, (self.directory / "err.txt").read_text()
+            return None
+
+        self.result = wait_for("the result", result, 300)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator[Pipeline]:
+    pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"), fables, *free_ports(3))
+    try:
+        pipeline.start()
+        pipeline.wait_for_step(1)
+        pipeline.kill()  # the workflow alone: Ray goes on with its job
+        pipeline.start()
+        pipeline.wait_for_step(pipeline.newest_step() + 1)
+        everything = pipeline.stack_processes()
+        pipeline.kill()  # the whole machine, as it were
+        for process in everything:
+            process.kill()
+        assert pipeline.newest_step() < 800, "it was to be killed while it trained"
+        pipeline.start()
+        pipeline.wait_for_result()
+        yield pipeline
+    finally:
+        subprocess.run([*GRU, "down", pipeline.config], capture_output=True)
+        if pipeline.process and pipeline.process.poll() is None:
+            pipeline.kill()
+
+
+def test_the_result_says_where_everything_is(pipeline: Pipeline) -> None:
+    result = pipeline.result
+    assert (result["model"], result["version"], result["endpoint"]) == ("fables", "1", pipeline.endpoint)
+    assert result["bits_per_byte"] < 1.5
+    assert result["sample"].startswith("The ")
+    with urllib.request.urlopen(result["tracking"]) as response:
+        assert response.status == 200
+
+
+def test_killed_and_resumed_training_ends_with_the_weights_of_an_undisturbed_one(pipeline: Pipeline) -> None:
+    config = entry.load_config(pipeline.config, [])
+    [manifest] = pipeline.storage.glob("datasets/*/manifest.json")
+    dataset = open_dataset(str(manifest.parent))
+    dataset.verify()
+    segments = dataset.segments("train")
+    end_of_text, vocab_size = dataset.manifest.end_of_text, dataset.manifest.vocab_size
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.train.threads)
+    undisturbed = Learner(config.model, config.train, vocab_size, end_of_text)
+    order = LaneOrder([s.tokens for s in segments], config.train.seed, config.train.lanes, config.train.window)
+    with LaneReader(order, lambda i: dataset.read_segment(segments[i]), end_of_text, undisturbed.lanes) as reader:
+        for step in range(config.train.steps):
+            undisturbed.train_step(*reader.batch(step))
+    torch.set_num_threads(threads)
+    [bundle] = pipeline.storage.glob("runs/*/bundle")
+    served = load_bundle(bundle).model.state_dict()
+
+    def digest(state: dict[str, torch.Tensor]) -> str:
+        return hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+
+    assert digest(served) == digest(undisturbed.average.state_dict())
+
+
+def test_mlflow_has_each_step_once_and_the_true_status_of_every_run(pipeline: Pipeline) -> None:
+    client = mlflow.MlflowClient(pipeline.tracking)
+    experiment = client.get_experiment_by_name("fables")
+    assert experiment is not None
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"fables", "prepare", "train", "evaluate", "promote"}
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    parent = runs["fables"].info.run_id
+    assert all(
+        run.data.tags["mlflow.parentRunId"] == parent for name, run in runs.items() if name != "fables"
+    )  # fmt: skip
+    train = runs["train"]
+    steps = [metric.step for metric in client.get_metric_history(train.info.run_id, "train/loss")]
+    assert sorted(steps) == list(range(10, 801, 10))
+    heldout = client.get_metric_history(train.info.run_id, "heldout/loss")
+    assert [metric.step for metric in heldout] == list(range(100, 801, 100))
+    assert heldout[-1].value < heldout[0].value
+    assert train.inputs.dataset_inputs[0].dataset.name == "fables"
+    assert "system/cpu_utilization_percentage" in train.data.metrics
+    assert "loss.png" in [file.path for file in client.list_artifacts(train.info.run_id)]
+    assert len(client.list_artifacts(runs["evaluate"].info.run_id, "samples")) == 3
+    version = client.get_model_version_by_alias("fables", "champion")
+    assert float(version.tags["bits_per_byte"]) == pipeline.result["bits_per_byte"]
+
+
+def test_the_openai_client_gets_text_whole_and_streamed(pipeline: Pipeline) -> None:
+    client = openai.OpenAI(base_url=f"{pipeline.endpoint}/v1", api_key="none")
+    [model] = client.models.list().data
+    assert model.id == "fables"
+    request = {"model": "fables", "prompt": "The fox and the ", "max_tokens": 60, "temperature": 0.7, "seed": 5}
+    whole = client.completions.create(**request)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens <= 60
+    streamed = list(client.completions.create(**request, stream=True))
+    assert len(streamed) > 1
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
+    stopped = client.completions.create(**request, stop=["."], n=3)
+    assert [choice.finish_reason for choice in stopped.choices] == ["stop"] * 3
+    assert all("." not in choice.text for choice in stopped.choices)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(**{**request, "model": "other"})
+
+
+def test_gru_generate_writes_what_the_endpoint_does(pipeline: Pipeline) -> None:
+    command = [*GRU, "generate", pipeline.config, "The crow", "--max-tokens=20", "--seed=1"]
+    texts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("The crow")
+
+
+def test_only_the_loopback_address_is_bound(pipeline: Pipeline) -> None:
+    listening = [
+        connection.laddr.ip
+        for process in pipeline.stack_processes()
+        for connection in process.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipeline) -> None:
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(pipeline.storage / "stack" / "ray-token"),
+    }
+    ray = str(Path(sys.executable).with_name("ray"))
+    job = ["-m", "jobs.prepare", pipeline.config]
+    command = [
+        ray,
+        "job",
+        "submit",
+        f"--address=http://127.0.0.1:{pipeline.ray_port}",
+        "--working-dir=.",
+        "--",
+        "python",
+    ]
+    done = subprocess.run([*command, *job], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout + done.stderr
+    [result] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert result["stage"] == "prepare"
+    refused = subprocess.run([*command, *job], cwd=ROOT, env={**environment, "RAY_AUTH_TOKEN_PATH": "/dev/null"})
+    assert refused.returncode != 0
+
+
+def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> None:
+    """The endpoint follows @champion when it moves, without a restart."""
+    longer = [*pipeline.command, "--set", "train.steps=900", "--exit"]
+    done = subprocess.run(longer, cwd=pipeline.directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert "prepare   done before" in done.stderr
+    assert result["version"] == "2"
+
+    def served() -> str:
+        with urllib.request.urlopen(f"{pipeline.endpoint}/v1/models") as response:
+            return json.load(response)["data"][0]["version"]
+
+    assert served() == ("2" if result["promoted"] else "1")
+    client = mlflow.MlflowClient(pipeline.tracking)
+    client.set_registered_model_alias("fables", "champion", "2")
+    client.set_model_version_tag("fables", "2", "previous_champion", "1")
+    wait_for("version 2", lambda: served() == "2", 30)
+    rollback = subprocess.run([*GRU, "rollback", pipeline.config], capture_output=True, text=True)
+    assert rollback.returncode == 0, rollback.stderr
+    wait_for("version 1", lambda: served() == "1", 30)
+
+
+def test_ctrl_c_leaves_no_process_and_the_same_command_does_no_stage_again(pipeline: Pipeline) -> None:
+    assert pipeline.process is not None
+    processes = pipeline.stack_processes()
+    assert len(processes) > 5
+    pipeline.process.send_signal(signal.SIGINT)
+    assert pipeline.process.wait(60) == 130
+    left = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not left
+    done = subprocess.run([*pipeline.command, "--exit"], cwd=pipeline.directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for stage in ("prepare", "train", "evaluate", "promote"):
+        assert f"{stage:9} done before" in done.stderr
+    again = json.loads(done.stdout.splitlines()[-1])
+    assert {k: again[k] for k in ("version", "bits_per_byte", "sample")} == {
+        k: pipeline.result[k] for k in ("version", "bits_per_byte", "sample")
+    }
+    assert not list(pipeline.storage.glob("stack/*.json")), "--exit leaves nothing running either"
