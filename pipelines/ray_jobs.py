@@ -8,17 +8,18 @@ import logging
 import re
 import shlex
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gru import storage
 from gru.errors import UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
 USER_ERROR_STATUS = 2
+POLL_SECONDS = 0.3
 
 
 class JobFailed(RuntimeError):
@@ -46,23 +47,19 @@ class RayJobs:
         the job's own line for a user's mistake, JobFailed for anything else.
         """
         submission_id = self._attach_or_submit(name, shlex.join([self.python, "-m", *arguments]))
+        stage = arguments[0].removeprefix("jobs.")
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as file:
-            lines = asyncio.run(self._follow(submission_id, arguments[0].removeprefix("jobs."), file.write, progress))
-        details = self._ended(submission_id)
+        details = asyncio.run(self._follow(submission_id, stage, log, progress))
+        text = self.client.get_job_logs(submission_id)
+        storage.write_bytes(str(log), text.encode())
         if details.status.value == "SUCCEEDED":
             return
+        lines = text.splitlines()
         if details.driver_exit_code == USER_ERROR_STATUS:
             mistakes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             raise UserError(mistakes[-1] if mistakes else f"{name}: see {log}")
         last = next((line for line in reversed(lines) if line.strip()), details.message or "no output")
         raise JobFailed(f"job {submission_id} {details.status.value.lower()}: {last}\nits log: {log}")
-
-    def stop(self, prefix: str) -> None:
-        """Stop the jobs under way whose submission id begins with `prefix`."""
-        for job in self.client.list_jobs():
-            if job.submission_id and job.submission_id.startswith(prefix) and not job.status.is_terminal():
-                self.client.stop_job(job.submission_id)
 
     def _attach_or_submit(self, name: str, entrypoint: str) -> str:
         pattern = re.compile(re.escape(name) + r"-(\d+)")
@@ -81,25 +78,27 @@ class RayJobs:
                 raise
         return submission_id
 
-    async def _follow(
-        self, submission_id: str, stage: str, write: Callable[[str], object], progress: Callable[[str], None]
-    ) -> list[str]:
-        """The last lines of a job's log, which is copied by `write`; its progress lines go to `progress`."""
-        lines: list[str] = []
-        partial = ""
-        async for text in self.client.tail_job_logs(submission_id):
-            write(text)
-            *complete, partial = (partial + text).split("\n")
-            for line in complete:
-                if line.startswith(f"{stage}: "):
-                    progress(line.removeprefix(f"{stage}: "))
-            lines = (lines + complete)[-50:]
-        return [*lines, partial]
+    async def _follow(self, submission_id: str, stage: str, log: Path, progress: Callable[[str], None]) -> "JobDetails":
+        """Pass on the progress lines of a job until it ends. Its log is followed a few seconds behind, and the end
+        is not to wait for that."""
+        following = asyncio.create_task(self._follow_log(submission_id, stage, log, progress))
+        try:
+            while True:
+                details = await asyncio.to_thread(self.client.get_job_info, submission_id)
+                if details.status.is_terminal():
+                    return details
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
-    def _ended(self, submission_id: str) -> "JobDetails":
-        """The job's details once its status is final: its log may end a moment earlier."""
-        while True:
-            details = self.client.get_job_info(submission_id)
-            if details.status.is_terminal():
-                return details
-            time.sleep(0.2)
+    async def _follow_log(self, submission_id: str, stage: str, log: Path, progress: Callable[[str], None]) -> None:
+        partial = ""
+        with log.open("w", encoding="utf-8") as file:
+            async for text in self.client.tail_job_logs(submission_id):
+                file.write(text)
+                file.flush()
+                *lines, partial = (partial + text).split("\n")
+                for line in lines:
+                    if line.startswith(f"{stage}: "):
+                        progress(line.removeprefix(f"{stage}: "))

@@ -25,6 +25,7 @@ from gru.errors import UserError
 from jobs.entry import HOME_VARIABLE
 
 START_SECONDS = 120
+STOP_SECONDS = 5  # all that is kept survives a kill
 
 
 @dataclass
@@ -79,21 +80,15 @@ class Service:
                 raise RuntimeError(f"{self.name} did not start; its log: {self.log}")
             time.sleep(0.1)
 
-    def stop(self) -> bool:
-        """End the process, and all that it started. Whether there was one."""
-        process = self.process()
-        if process is None:
-            self.note.unlink(missing_ok=True)
-            return False
-        family = [process, *process.children(recursive=True)]
-        process.terminate()
-        psutil.wait_procs([process], timeout=20)
-        for member in family:
-            if member.is_running():
-                member.kill()
-        psutil.wait_procs(family, timeout=5)
-        self.note.unlink(missing_ok=True)
-        return True
+    def family(self) -> list[psutil.Process]:
+        """The session that we started, also where its leader is dead, and what its members started."""
+        if "process" not in self._read():
+            return []
+        session, created = self._read()["process"]
+        members = [process for process in psutil.process_iter() if _session(process) == session]
+        if any(process.pid == session and process.create_time() != created for process in members):
+            return []  # long over: the number is another's now
+        return members + [child for member in members for child in member.children(recursive=True)]
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self.note.read_text()) if self.note.exists() else {}
@@ -102,6 +97,13 @@ class Service:
 def _identify(process: psutil.Process) -> list[float]:
     """A process id alone may be given again."""
     return [process.pid, process.create_time()]
+
+
+def _session(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:
+        return None
 
 
 def _find(identity: list[float] | None) -> psutil.Process | None:
@@ -114,6 +116,22 @@ def _find(identity: list[float] | None) -> psutil.Process | None:
     except psutil.Error:
         return None
     return process if alive else None
+
+
+def stop(services: list[Service]) -> list[str]:
+    """End the services, and all that they started; the names of those that there were."""
+    families = {service.name: service.family() for service in services}
+    processes = [process for family in families.values() for process in family]
+    for service in services:
+        if leader := service.process():
+            leader.terminate()  # lets Ray and MLflow end their own
+    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=STOP_SECONDS)
+    for service in services:
+        service.note.unlink(missing_ok=True)
+    return [name for name, family in families.items() if family]
 
 
 @dataclass
@@ -131,8 +149,7 @@ class Stack:
         return "RAY_AUTH_TOKEN_PATH" in self.environment
 
     def stop(self) -> None:
-        for service in self.embedded:
-            service.stop()
+        stop(self.embedded)
 
 
 def services(directory: Path) -> list[Service]:
@@ -162,7 +179,7 @@ def up(store: str, ray_port: int, mlflow_port: int, say: Callable[[str], None]) 
                 require_free("127.0.0.1", ray_port, "--ray-port")
                 ray_address = f"http://127.0.0.1:{ray_port}"
                 owned.append(ray)
-                inherited = {"MLFLOW_TRACKING_URI": mlflow_uri, HOME_VARIABLE: str(Path.cwd())}
+                inherited = {"MLFLOW_TRACKING_URI": mlflow_uri, HOME_VARIABLE: str(Path.cwd()), "PATH": _path()}
                 ray.start(_ray_command(ray_port), {**os.environ, **environment, **inherited}, ray_address)
                 probes["ray"] = _ray_probe(ray_address, environment)
         for service in (ray, mlflow):
@@ -170,8 +187,7 @@ def up(store: str, ray_port: int, mlflow_port: int, say: Callable[[str], None]) 
                 say(f"starting {service.name}")
                 service.wait(probes[service.name])
     except BaseException:
-        for service in owned:
-            service.stop()
+        stop(owned)
         raise
     environment["MLFLOW_TRACKING_URI"] = mlflow_uri
     return Stack(ray_address, mlflow_uri, environment, owned)
@@ -180,14 +196,16 @@ def up(store: str, ray_port: int, mlflow_port: int, say: Callable[[str], None]) 
 def _running(service: Service, owned: list[Service]) -> str | None:
     """The address of a service that is up already; it joins `owned` if nobody else stops it."""
     url = service.url()
-    if url and service.adopt():
+    if url is None:
+        stop([service])  # what is left of one that was killed
+    elif service.adopt():
         owned.append(service)
     return url
 
 
 def down(store: str) -> list[str]:
     """Stop what was started for this storage; the names of what was running."""
-    return [service.name for service in services(Path(store) / "stack") if service.stop()]
+    return stop(services(Path(store) / "stack"))
 
 
 def address(store: str, name: str) -> str | None:
@@ -228,6 +246,11 @@ def _ray_command(port: int) -> list[str]:
         f"--num-cpus={max(8, 2 * (os.cpu_count() or 1))}",
         f"--object-store-memory={min(2 << 30, psutil.virtual_memory().total // 5)}",
     ]
+
+
+def _path() -> str:
+    """A submitted job's `python` is the one that runs this."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _ray_probe(address: str, environment: Mapping[str, str]) -> urllib.request.Request:

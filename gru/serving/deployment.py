@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.serve._private import replica
 from ray.serve.context import _get_global_client
 
 from gru import registry
@@ -33,6 +35,7 @@ class Generator:
     """A replica. The model that answers is in `self._served`; a thread replaces it when @champion moves."""
 
     def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str) -> None:
+        _stay_on_loopback()
         torch.set_num_threads(THREADS)
         mlflow.set_tracking_uri(tracking_uri)
         self._config = config
@@ -69,6 +72,19 @@ class Generator:
                 self._follow()
             except Exception:
                 log.exception("cannot follow %s@%s; the present model stays", self._model_name, registry.CHAMPION)
+
+
+def _stay_on_loopback() -> None:
+    """On a Ray that is bound to the loopback address, keep the replica's gRPC port there too.
+
+    Serve 2.60 opens that port, for calls between deployments, on all interfaces and has no option for it. It does so
+    after the deployment's own constructor.
+    """
+    address = ray.util.get_node_ip_address()
+    if not address.startswith("127."):
+        return
+    open_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, wanted: open_port(server, wanted.replace("[::]", address))
 
 
 def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:

@@ -171,6 +171,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator
         pipeline.kill()  # the whole machine, as it were
         for process in everything:
             process.kill()
+        psutil.wait_procs(everything, timeout=10)
         assert pipeline.newest_step() < 800, "it was to be killed while it trained"
         pipeline.start()
         pipeline.wait_for_result()
