@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 KEY_TAG = "gru.key"
-POINTS_A_BATCH = 900  # MLflow takes at most 1000 metrics a call
+LOSS = "train/loss"  # every point has it, so it tells which steps have been logged
+METRICS_A_CALL = 1000  # MLflow's limit
 
 
 class Point(TypedDict):
@@ -32,6 +33,7 @@ class Run:
         self.client = client
         self.id = run_id
         self.experiment_id = experiment_id
+        self._logged: set[int] | None = None
 
     @property
     def url(self) -> str:
@@ -47,16 +49,27 @@ class Run:
             self.client.log_batch(self.id, params=fresh[start : start + 100])
 
     def log_points(self, points: list[Point]) -> None:
+        """Log each step that was not logged before: a process that was killed may have come this far already."""
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, value, int(point["time"] * 1000), point["step"])
-            for point in points
-            for name, value in point["metrics"].items()
-            if math.isfinite(value)
-        ]
-        for start in range(0, len(metrics), POINTS_A_BATCH):
-            self.client.log_batch(self.id, metrics=metrics[start : start + POINTS_A_BATCH])
+        if self._logged is None:
+            self._logged = {step for step, _ in self.history(LOSS)}
+        batch: list[Metric] = []
+        for point in points:
+            if point["step"] in self._logged:
+                continue
+            self._logged.add(point["step"])
+            made = [
+                Metric(name, value, int(point["time"] * 1000), point["step"])
+                for name, value in point["metrics"].items()
+                if math.isfinite(value)
+            ]
+            if len(batch) + len(made) > METRICS_A_CALL:
+                self.client.log_batch(self.id, metrics=batch)
+                batch = []
+            batch += made  # a step is never split between calls, each of which is one transaction
+        if batch:
+            self.client.log_batch(self.id, metrics=batch)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Single values; a value that was logged before is not logged again."""
@@ -81,7 +94,7 @@ class Run:
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        for metric, style in (("train/loss", {"alpha": 0.6}), ("heldout/loss", {"marker": "o"})):
+        for metric, style in ((LOSS, {"alpha": 0.6}), ("heldout/loss", {"marker": "o"})):
             if points := self.history(metric):
                 axes.plot(*zip(*points, strict=True), label=metric, **style)
         axes.set(xlabel="step", ylabel="nats per token")

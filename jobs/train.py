@@ -27,6 +27,7 @@ def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) ->
         counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
         run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
         last = train(config.model, config.train, dataset, stage.directory, tracking_uri, run.id, progress)
+        run.log_points(last.state["points"])
         run.log_loss_curve()
         lineage = {
             "run": run.id,

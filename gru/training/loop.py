@@ -87,7 +87,7 @@ def _train(
         # Rank 0's clock decides for all: its share of the second sum is the only one that is not zero.
         due = done or time.monotonic() - last_checkpoint > config.checkpoint_seconds
         mean_loss, due_sum = learner.sum_over_workers([meter.mean_loss(), float(due and learner.rank == 0)])
-        metrics = {"train/loss": mean_loss, "train/gradient_norm": float(norm), **meter.rates()}
+        metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": float(norm), **meter.rates()}
         metrics["train/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
         if learner.step % config.heldout_steps < config.log_steps or done:
             metrics["heldout/loss"] = learner.heldout_loss(heldout)
@@ -184,15 +184,13 @@ class Recorder:
         self.first_step = resumed.step if resumed else 0
         mlflow.set_tracking_uri(assignment.tracking_uri)
         self.run = tracking.find_run(assignment.tracking_run)
-        # What an earlier attempt has logged, and what its last checkpoint covers but it could not log any more.
-        self.logged = {step for step, _ in self.run.history("train/loss")}
-        if resumed:
-            self._log(resumed.state["points"])
+        if resumed:  # its points, if whoever saved it was killed before logging them
+            self.run.log_points(resumed.state["points"])
         self.monitor = SystemMetricsMonitor(assignment.tracking_run, resume_logging=True)
         self.monitor.start()
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
-        self.loss = metrics["train/loss"]
+        self.loss = metrics[tracking.LOSS]
         self.heldout_loss = metrics.get("heldout/loss", self.heldout_loss)
         if self.checkpoint_seconds is not None:
             metrics["train/checkpoint_seconds"] = self.checkpoint_seconds
@@ -207,13 +205,8 @@ class Recorder:
         self.assignment.progress.report.remote(line)
 
     def commit(self) -> None:
-        self._log(self.points)
+        self.run.log_points(self.points)
         self.points = []
-
-    def _log(self, points: list[tracking.Point]) -> None:
-        fresh = [point for point in points if point["step"] not in self.logged]
-        self.run.log_points(fresh)
-        self.logged |= {point["step"] for point in fresh}
 
     def close(self) -> None:
         self.monitor.finish()

@@ -43,6 +43,8 @@ def test_logging_again_changes_nothing(mlflow_store: str) -> None:
 def test_more_points_than_one_call_takes(mlflow_store: str) -> None:
     run = tracking.open_run("test", "a", "train")
     run.log_points(points(*range(1, 2001)))
-    assert [step for step, _ in run.history("train/loss")] == list(range(1, 2001))
+    run.log_points(points(1999, 2000, 2001))
+    tracking.open_run("test", "a", "train").log_points(points(5, 2001, 2002))
+    assert [step for step, _ in run.history("train/loss")] == list(range(1, 2003))
     run.log_loss_curve()
     assert [file.path for file in run.client.list_artifacts(run.id)] == ["loss.png"]

@@ -1,0 +1,61 @@
+"""Training under Ray Train, with two workers."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from gru import tracking
+from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.corpus.shards import Dataset, prepare
+from gru.errors import UserError
+from gru.training import checkpoint as checkpoints
+from gru.training.learner import Learner
+from gru.training.trainer import train
+
+MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1)
+CONFIG = TrainConfig(steps=60, lanes=6, window=16, workers=2, threads=1, heldout_steps=20, checkpoint_seconds=0.5)
+
+
+@pytest.fixture(scope="module")
+def dataset(fables: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Dataset:
+    corpus = CorpusConfig(sources=[str(fables)], template="{text}", segment_tokens=8192)
+    directory = str(tmp_path_factory.mktemp("dataset"))
+    return prepare(corpus, TokenizerConfig(kind="char"), directory, lambda line: None)
+
+
+def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, mlflow_store: str) -> None:
+    run = tracking.open_run("test", "key", "train")
+    lines: list[str] = []
+    last = train(MODEL, CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    assert last.step == 60
+    assert last.tensors["lanes"]["state"].shape == (1, 6, 32)
+    assert len(checkpoints.paths(str(tmp_path / "runs" / "r"))) <= CONFIG.keep
+    assert lines[-1].startswith("step 60/60, loss ")
+    logged = run.history("train/loss")
+    assert [step for step, _ in logged] == [10, 20, 30, 40, 50, 60]
+    assert [step for step, _ in run.history("heldout/loss")] == [20, 40, 60]
+
+    alone = Learner(MODEL, CONFIG, dataset.manifest.vocab_size, dataset.manifest.end_of_text)
+    segments = dataset.segments("train")
+    order = LaneOrder([segment.tokens for segment in segments], CONFIG.seed, CONFIG.lanes, CONFIG.window)
+    losses = []
+    with LaneReader(
+        order, lambda i: dataset.read_segment(segments[i]), dataset.manifest.end_of_text, alone.lanes
+    ) as reader:
+        for step in range(60):
+            losses.append(float(alone.train_step(*reader.batch(step))[0]))
+    means = [sum(losses[i : i + 10]) / 10 for i in range(0, 60, 10)]
+    assert [loss for _, loss in logged] == pytest.approx(means, rel=1e-4)
+
+    again = train(MODEL, CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    assert again.state == last.state, "a finished run is not trained again"
+    with pytest.raises(UserError, match="its model is"):
+        train(ModelConfig(embedding=8), CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
+
+
+def test_a_corpus_smaller_than_a_window_for_each_lane_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"lanes": 1000, "window": 1000})
+    with pytest.raises(UserError, match=r"too few for train.lanes = 1000"):
+        train(MODEL, config, dataset, str(tmp_path / "runs" / "r"), mlflow.get_tracking_uri(), "none", print)
