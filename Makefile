@@ -26,5 +26,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	echo "installing into .venv (a few minutes, once)" >&2
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]' >&2
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[dev]' >&2
 	touch $@

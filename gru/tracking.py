@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 KEY_TAG = "gru.key"
 LOSS = "train/loss"  # every point has it, so it tells which steps have been logged
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens on traces of agents
 METRICS_A_CALL = 1000  # MLflow's limit
 
 
@@ -64,7 +65,8 @@ class Run:
                 for name, value in point["metrics"].items()
                 if math.isfinite(value)
             ]
-            if len(batch) + len(made) > METRICS_A_CALL:
+            if len(batch) + len(made) > MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens on traces of agents
+METRICS_A_CALL:
                 self.client.log_batch(self.id, metrics=batch)
                 batch = []
             batch += made  # a step is never split between calls, each of which is one transaction
@@ -156,7 +158,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
     if experiment is not None:
         return experiment.experiment_id
     try:
-        return client.create_experiment(name)
+        return client.create_experiment(name, tags=MODEL_TRAINING)
     except MlflowException:  # another process was faster
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
