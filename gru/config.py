@@ -18,11 +18,12 @@ from gru.errors import UserError
 BUILT_IN_SOURCES = ("python-stdlib",)
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class CorpusConfig(Section):
@@ -112,7 +113,7 @@ class TrainConfig(Section):
 
 class EvaluateConfig(Section):
     lanes: PositiveInt = Field(16, description="Stretches of held-out text read side by side.")
-    heldout_tokens: PositiveInt = Field(1_000_000, description="Most held-out tokens that are scored.")
+    heldout_bytes: PositiveInt = Field(4_000_000, description="Most held-out text that is scored.")
     prompt: str = Field("\n", description="What the sampled texts begin with.")
     sample_tokens: PositiveInt = Field(200, description="Tokens in each sampled text.")
     temperatures: list[Annotated[float, Field(ge=0)]] = Field(
@@ -121,8 +122,8 @@ class EvaluateConfig(Section):
 
 
 class RegistryConfig(Section):
-    model: str | None = Field(None, description="Name of the registered model; the pipeline's name where absent.")
-    experiment: str | None = Field(None, description="MLflow experiment; the pipeline's name where absent.")
+    model: Name | None = Field(None, description="Name of the registered model; the pipeline's name where absent.")
+    experiment: Name | None = Field(None, description="MLflow experiment; the pipeline's name where absent.")
 
 
 class ServeConfig(Section):
@@ -136,11 +137,7 @@ class ServeConfig(Section):
 
 
 class PipelineConfig(Section):
-    name: str = Field(
-        "gru",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
-        description="Name of the pipeline, its experiment and model.",
-    )
+    name: Name = Field("gru", description="Name of the pipeline, its experiment and model.")
     storage: str = Field("./store", description="Path or URL where everything is kept.")
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()

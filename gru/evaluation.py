@@ -3,6 +3,7 @@
 Bits per byte do not depend on the tokenizer, so models with different ones can be compared on the same text.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -23,12 +24,16 @@ WINDOW = 256
 
 @dataclass(frozen=True)
 class Scores:
-    """Losses over a text: `nats` in all, ends of documents included; bytes and characters without them."""
+    """Losses over a text: `nats` in all, ends of documents included; bytes and characters without them.
+
+    `text` is a digest of what was scored: scores can be compared where it is the same.
+    """
 
     nats: float
     tokens: int
     bytes: int
     characters: int
+    text: str
 
     @property
     def bits_per_byte(self) -> float:
@@ -44,18 +49,21 @@ class Scores:
         return math.exp(self.nats / self.tokens)
 
 
-def score(model: GRULanguageModel, tokenizer: Tokenizer, texts: Iterable[str], lanes: int, most_tokens: int) -> Scores:
-    """Score whole documents, in order, until there are `most_tokens`; the state is carried from one to the next."""
+def score(model: GRULanguageModel, tokenizer: Tokenizer, texts: Iterable[str], lanes: int, most_bytes: int) -> Scores:
+    """Score whole documents, in order, until there are `most_bytes`; the state is carried from one to the next."""
     parts: list[np.ndarray] = []
-    tokens = size = characters = 0
+    size = characters = 0
+    digest = hashlib.sha256(f"{lanes} lanes".encode())
     for text in texts:
-        part = np.append(tokenizer.encode(text), np.uint32(tokenizer.end_of_text))
-        parts.append(part)
-        tokens, size, characters = tokens + len(part), size + len(text.encode()), characters + len(text)
-        if tokens >= most_tokens:
+        data = text.encode()
+        parts.append(np.append(tokenizer.encode(text), np.uint32(tokenizer.end_of_text)))
+        digest.update(hashlib.sha256(data).digest())
+        size, characters = size + len(data), characters + len(text)
+        if size >= most_bytes:
             break
-    batches = stream_batches(np.concatenate(parts), lanes, WINDOW, tokenizer.end_of_text)
-    return Scores(stream_loss(model, batches, lanes), tokens, size, characters)
+    tokens = np.concatenate(parts)
+    batches = stream_batches(tokens, lanes, WINDOW, tokenizer.end_of_text)
+    return Scores(stream_loss(model, batches, lanes), len(tokens), size, characters, digest.hexdigest())
 
 
 @torch.inference_mode()

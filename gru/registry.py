@@ -6,6 +6,7 @@ last. A registered version is a bundle with its scores as tags; `@champion` is t
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+PYFUNC_REQUIREMENTS = ["gigatoken", "numpy", "pydantic", "safetensors", "tokenizers", "torch"]  # and this package
 PREVIOUS_TAG = "previous_champion"  # on a champion: the version that it took the alias from
 
 
@@ -49,7 +51,7 @@ class Version:
     version: str
     run_id: str
     bits_per_byte: float
-    heldout: str  # digest of the held-out text that bits_per_byte was measured on
+    heldout: str  # digest of the text that bits_per_byte was measured on
     bundle: str
     created: int
     previous: str | None
@@ -99,13 +101,17 @@ def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldou
         if found.tags.get("bundle") == digest and found.tags.get("heldout") == heldout:
             return _version(found)
     with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
-        local = storage.download(bundle_path, Path(temporary) / "bundle")
+        local = Path(temporary) / "bundle"
+        local.mkdir()
+        for file, data in read_verified(bundle_path).items():
+            (local / file).write_bytes(data)
+        write_digests(local)
         with mlflow.start_run(run_id=run.id):
             info = mlflow.pyfunc.log_model(
                 name="generator",
                 python_model=str(Path(__file__).with_name("pyfunc_model.py")),
                 artifacts={"bundle": str(local)},
-                pip_requirements=["gru-pipeline"],
+                pip_requirements=PYFUNC_REQUIREMENTS,
             )
     try:
         client.create_registered_model(name)
@@ -126,6 +132,7 @@ def promote(candidate: Version, score_champion: Callable[[Version], float]) -> t
 
     client = MlflowClient()
     champion = resolve(candidate.name, CHAMPION)
+    score = math.inf
     if champion is None:
         reason = "the first version"
     elif champion.version == candidate.version:
@@ -134,14 +141,15 @@ def promote(candidate: Version, score_champion: Callable[[Version], float]) -> t
         same_text = champion.heldout == candidate.heldout
         score = champion.bits_per_byte if same_text else score_champion(champion)
         reason = f"{candidate.bits_per_byte:.4f} bits per byte, version {champion.version} has {score:.4f}"
-        if candidate.bits_per_byte >= score:
-            client.set_registered_model_alias(candidate.name, CHALLENGER, candidate.version)
-            return False, reason
+    if not candidate.bits_per_byte < score:  # so that a score that is not a number never wins
+        client.set_registered_model_alias(candidate.name, CHALLENGER, candidate.version)
+        return False, reason
+    if champion:
         client.set_model_version_tag(candidate.name, candidate.version, PREVIOUS_TAG, champion.version)
-    client.set_registered_model_alias(candidate.name, CHAMPION, candidate.version)
     challenger = resolve(candidate.name, CHALLENGER)
     if challenger and challenger.version == candidate.version:
         client.delete_registered_model_alias(candidate.name, CHALLENGER)
+    client.set_registered_model_alias(candidate.name, CHAMPION, candidate.version)
     return True, reason
 
 
@@ -157,6 +165,14 @@ def rollback(name: str) -> Version:
     client = MlflowClient()
     client.set_registered_model_alias(name, CHAMPION, champion.previous)
     return _version(client.get_model_version(name, champion.previous))
+
+
+def exists(name: str, version: str, bundle: str) -> bool:
+    """Whether the registry has this version, made of the bundle with this digest."""
+    from mlflow import MlflowClient
+
+    found = MlflowClient().search_model_versions(f"name = '{name}'")
+    return any(str(v.version) == version and v.tags.get("bundle") == bundle for v in found)
 
 
 def resolve(name: str, alias: str) -> Version | None:

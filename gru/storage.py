@@ -17,11 +17,12 @@ from gru.errors import UserError
 
 
 def is_local(path: str) -> bool:
-    return "://" not in path or path.startswith("file://")
+    return "://" not in path
 
 
 def absolute(path: str, base: str | Path) -> str:
     """`path` itself if it is a URL or absolute, else under `base`."""
+    path = path.removeprefix("file://")
     return path if "://" in path else os.path.normpath(Path(base) / Path(path).expanduser())
 
 
@@ -35,7 +36,7 @@ def check_writable(path: str) -> None:
     try:
         write_bytes(probe, b"")
         remove(probe)
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:  # ValueError: a protocol that fsspec does not know
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"storage = {path!r}: cannot write there: {reason}") from None
 
@@ -63,7 +64,7 @@ def write_bytes(path: str, data: bytes) -> None:
         with fsspec.open(path, "wb") as file:
             file.write(data)
         return
-    target = Path(path.removeprefix("file://"))
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     with temporary.open("wb") as file:
@@ -87,18 +88,10 @@ def upload(directory: Path, path: str, last: str) -> None:
         write_bytes(join(path, file.name), file.read_bytes())
 
 
-def download(path: str, directory: Path) -> Path:
-    """Copy the files directly under `path` into a local directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in names(path):
-        (directory / name).write_bytes(read_bytes(join(path, name)))
-    return directory
-
-
 def remove(path: str) -> None:
     """Remove a file or a directory with all that is in it; nothing happens if it is absent."""
     if is_local(path):
-        target = Path(path.removeprefix("file://"))
+        target = Path(path)
         if target.is_dir():
             shutil.rmtree(target, ignore_errors=True)
         else:

@@ -65,8 +65,7 @@ class Run:
                 for name, value in point["metrics"].items()
                 if math.isfinite(value)
             ]
-            if len(batch) + len(made) > MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens on traces of agents
-METRICS_A_CALL:
+            if len(batch) + len(made) > METRICS_A_CALL:
                 self.client.log_batch(self.id, metrics=batch)
                 batch = []
             batch += made  # a step is never split between calls, each of which is one transaction

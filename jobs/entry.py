@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from gru.errors import UserError, find_user_error
 HOME_VARIABLE = "GRU_HOME"
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a job is told besides its configuration."""
+
+    parent: str | None
+    """Id of the MLflow run that its own belongs to."""
+    dataset: str | None
+    """Directory of the dataset; found by the sources as they are now where absent."""
+    progress: Progress
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,11 +58,12 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
     )
 
 
-def main(stage: str, description: str, run: Callable[[PipelineConfig, str | None, Progress], dict[str, Any]]) -> None:
-    """Run a job: `run(config, parent MLflow run, progress)` gives the result."""
+def main(stage: str, description: str, run: Callable[[PipelineConfig, Call], dict[str, Any]]) -> None:
+    """Run a job: `run(config, call)` gives the result."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=description)
     add_config_arguments(parser)
     parser.add_argument("--parent", metavar="RUN_ID", help="MLflow run that this stage's run belongs to")
+    parser.add_argument("--dataset", metavar="DIR", help="the dataset; absent: that of the sources as they are now")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
@@ -61,7 +74,7 @@ def main(stage: str, description: str, run: Callable[[PipelineConfig, str | None
     try:
         config = load_config(arguments.config, arguments.set)
         storage.check_writable(config.storage)
-        result = run(config, arguments.parent, progress)
+        result = run(config, Call(arguments.parent, arguments.dataset, progress))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -87,6 +100,8 @@ def quiet_libraries() -> None:
         "GIT_PYTHON_REFRESH": "quiet",
     }.items():
         os.environ.setdefault(variable, value)
+    for variable in ("NO_PROXY", "no_proxy"):  # the embedded services are on this machine
+        os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1", "localhost"]))
     if "RAY_ADDRESS" not in os.environ:
         # A Ray of this process's own binds to the loopback address alone, which Ray calls not being a cluster.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

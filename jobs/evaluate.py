@@ -8,9 +8,9 @@ from gru.config import PipelineConfig
 from jobs import entry, stages
 
 
-def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) -> dict[str, Any]:
+def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     entry.require_tracking()
-    prepared = stages.prepare(config).require()
+    prepared = stages.prepare(config, call.dataset).require()
     trained = stages.train(config, prepared).require()
     stage = stages.evaluate(config, prepared, trained)
     if result := stage.result():
@@ -21,12 +21,12 @@ def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) ->
     started = time.monotonic()
     settings = config.evaluate
     bundle = registry.load_bundle(trained["bundle"])
-    with tracking.stage_run(config.experiment, stage.key, stage.name, parent) as run:
+    with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
         run.log_params({"evaluate": settings.model_dump()})
-        progress("scoring held-out text")
+        call.progress("scoring held-out text")
         texts = open_dataset(prepared["dataset"]).texts("heldout")
-        scores = evaluation.score(bundle.model, bundle.tokenizer, texts, settings.lanes, settings.heldout_tokens)
-        progress(f"{scores.bits_per_byte:.3f} bits per byte; writing samples")
+        scores = evaluation.score(bundle.model, bundle.tokenizer, texts, settings.lanes, settings.heldout_bytes)
+        call.progress(f"{scores.bits_per_byte:.3f} bits per byte; writing samples")
         samples = evaluation.sample_texts(
             bundle.model, bundle.tokenizer, settings.prompt, settings.sample_tokens, settings.temperatures
         )
@@ -42,6 +42,7 @@ def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) ->
         "stage": stage.name,
         "key": stage.key,
         **measured,
+        "text": scores.text,
         "samples": samples,
         "run": run.id,
         "seconds": round(time.monotonic() - started, 1),

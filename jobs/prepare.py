@@ -9,15 +9,15 @@ from gru.config import PipelineConfig
 from jobs import entry, stages
 
 
-def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) -> dict[str, Any]:
-    stage = stages.prepare(config)
+def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
+    stage = stages.prepare(config, call.dataset)
     if result := stage.result():
         return result
     from gru.corpus import shards
 
     entry.start_ray()
     started = time.monotonic()
-    manifest = shards.prepare(config.corpus, config.tokenizer, stage.directory, progress).manifest
+    manifest = shards.prepare(config.corpus, config.tokenizer, stage.directory, call.progress).manifest
     counts = {
         "documents": manifest.documents,
         "bytes": manifest.bytes,
@@ -35,7 +35,7 @@ def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) ->
         "seconds": round(time.monotonic() - started, 1),
     }
     if os.environ.get("MLFLOW_TRACKING_URI"):
-        with tracking.stage_run(config.experiment, stage.key, stage.name, parent) as run:
+        with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
             run.log_params({"corpus": config.corpus.model_dump(), "tokenizer": config.tokenizer.model_dump()})
             run.log_metrics({**counts, "seconds": result["seconds"]})
             run.log_dataset(config.name, manifest.digest, stage.directory, counts)

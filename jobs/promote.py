@@ -9,9 +9,9 @@ from gru.config import PipelineConfig
 from jobs import entry, stages
 
 
-def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) -> dict[str, Any]:
+def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     entry.require_tracking()
-    prepared = stages.prepare(config).require()
+    prepared = stages.prepare(config, call.dataset).require()
     trained = stages.train(config, prepared).require()
     evaluated = stages.evaluate(config, prepared, trained).require()
     stage = stages.promote(config, trained, evaluated)
@@ -21,19 +21,19 @@ def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) ->
     from gru.corpus.shards import open_dataset
 
     def score_champion(champion: registry.Version) -> float:
-        progress(f"scoring the present champion, version {champion.version}, on the same text")
+        call.progress(f"scoring the present champion, version {champion.version}, on the same text")
         with tempfile.TemporaryDirectory(prefix="gru-champion-") as directory:
             bundle = registry.fetch_bundle(champion, Path(directory))
         texts = open_dataset(prepared["dataset"]).texts("heldout")
         settings = config.evaluate
         return evaluation.score(
-            bundle.model, bundle.tokenizer, texts, settings.lanes, settings.heldout_tokens
+            bundle.model, bundle.tokenizer, texts, settings.lanes, settings.heldout_bytes
         ).bits_per_byte
 
-    with tracking.stage_run(config.experiment, stage.key, stage.name, parent) as run:
-        progress("registering")
+    with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
+        call.progress("registering")
         candidate = registry.register(
-            run, config.model_name, trained["bundle"], evaluated["bits_per_byte"], prepared["heldout_digest"]
+            run, config.model_name, trained["bundle"], evaluated["bits_per_byte"], evaluated["text"]
         )
         promoted, reason = registry.promote(candidate, score_champion)
         run.set_tags({"version": candidate.version, "promoted": str(promoted).lower(), "reason": reason})
@@ -42,6 +42,7 @@ def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) ->
         "key": stage.key,
         "model": config.model_name,
         "version": candidate.version,
+        "bundle": candidate.bundle,
         "promoted": promoted,
         "reason": reason,
         "run": run.id,

@@ -1,20 +1,24 @@
 """Serve the registry's @champion over HTTP (Ray Serve); returns when the endpoint answers."""
 
+import os
 from typing import Any
 
 from gru.config import PipelineConfig
+from gru.errors import UserError
 from jobs import entry, stages
 
 
-def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) -> dict[str, Any]:
+def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     tracking_uri = entry.require_tracking()
+    if "RAY_ADDRESS" not in os.environ:
+        raise UserError("RAY_ADDRESS is not set: an endpoint needs a Ray that stays; `ray job submit` runs this on one")
     stage = stages.serve(config)
     if result := stage.result():
         return result
     from gru.serving import deployment
 
     entry.start_ray()
-    progress("starting")
+    call.progress("starting")
     deployment.deploy(config.serve, config.model_name, tracking_uri)
     deployment.wait_ready(stage.path, stage.version, timeout=120)
     return stage.require()

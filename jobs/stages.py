@@ -5,7 +5,6 @@ answers.
 """
 
 import json
-import os
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +41,25 @@ class Stage:
         return result
 
 
+class Promotion(Stage):
+    """A stage whose result stands as long as the registry has the version."""
+
+    def result(self) -> Result | None:
+        from gru import registry
+
+        result = super().result()
+        there = result and registry.exists(result["model"], result["version"], result["bundle"])
+        return result if there else None
+
+
 @dataclass(frozen=True)
 class Service(Stage):
     """A stage whose result is a running endpoint; `path` is its address."""
 
     model: str
     version: str
+    settings: str
+    """A key of the [serve] section."""
 
     def result(self) -> Result | None:
         try:
@@ -55,16 +67,16 @@ class Service(Stage):
                 served = json.load(response)["data"][0]
         except (OSError, ValueError, LookupError):
             return None
-        if (served["id"], served["version"]) != (self.model, self.version):
+        if (served["id"], served["version"], served.get("settings")) != (self.model, self.version, self.settings):
             return None
         return {"stage": self.name, "endpoint": self.path, "model": self.model, "version": self.version}
 
 
-def of(name: str, config: PipelineConfig, results: dict[str, Result]) -> Stage:
-    """The stage of that name, given the results of those before it."""
+def of(name: str, config: PipelineConfig, dataset: str, results: dict[str, Result]) -> Stage:
+    """The stage of that name, given the directory of the dataset and the results of the stages before it."""
     match name:
         case "prepare":
-            return prepare(config)
+            return prepare(config, dataset)
         case "train":
             return train(config, results["prepare"])
         case "evaluate":
@@ -76,11 +88,13 @@ def of(name: str, config: PipelineConfig, results: dict[str, Result]) -> Stage:
     raise AssertionError(name)
 
 
-def prepare(config: PipelineConfig) -> Stage:
+def prepare(config: PipelineConfig, directory: str | None = None) -> Stage:
+    """The stage of the dataset in `directory`, or else of the sources as they are now."""
     from gru.corpus.shards import dataset_key
 
-    key = dataset_key(config.corpus, config.tokenizer)
-    return Stage("prepare", key, storage.join(config.storage, "datasets", key, "result.json"))
+    if directory is None:
+        directory = storage.join(config.storage, "datasets", dataset_key(config.corpus, config.tokenizer))
+    return Stage("prepare", directory.rsplit("/", 1)[1], storage.join(directory, "result.json"))
 
 
 def train(config: PipelineConfig, prepared: Result) -> Stage:
@@ -96,9 +110,8 @@ def evaluate(config: PipelineConfig, prepared: Result, trained: Result) -> Stage
 
 
 def promote(config: PipelineConfig, trained: Result, evaluated: Result) -> Stage:
-    registry = os.environ.get("MLFLOW_TRACKING_URI")
-    key = content_key("promote", evaluated["key"], config.model_name, config.experiment, registry)
-    return Stage("promote", key, storage.join(config.storage, "runs", trained["key"], f"promotion-{key}.json"))
+    key = content_key("promote", evaluated["key"], config.model_name, config.experiment)
+    return Promotion("promote", key, storage.join(config.storage, "runs", trained["key"], f"promotion-{key}.json"))
 
 
 def serve(config: PipelineConfig) -> Service:
@@ -108,6 +121,7 @@ def serve(config: PipelineConfig) -> Service:
     champion = registry.resolve(config.model_name, registry.CHAMPION)
     if champion is None:
         raise UserError(f"model {config.model_name!r} has no @{registry.CHAMPION}: run python -m jobs.promote first")
-    key = content_key("serve", config.model_name, champion.version, config.serve)
+    settings = content_key(config.serve)
+    key = content_key("serve", config.model_name, champion.version, settings)
     address = f"http://{config.serve.host}:{config.serve.port}"
-    return Service("serve", key, address, config.model_name, champion.version)
+    return Service("serve", key, address, config.model_name, champion.version, settings)

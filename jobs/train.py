@@ -8,9 +8,9 @@ from gru.config import PipelineConfig
 from jobs import entry, stages
 
 
-def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) -> dict[str, Any]:
+def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     tracking_uri = entry.require_tracking()
-    prepared = stages.prepare(config).require()
+    prepared = stages.prepare(config, call.dataset).require()
     stage = stages.train(config, prepared)
     if result := stage.result():
         return result
@@ -22,11 +22,11 @@ def run(config: PipelineConfig, parent: str | None, progress: entry.Progress) ->
     started = time.monotonic()
     dataset = open_dataset(prepared["dataset"])
     bundle = storage.join(stage.directory, "bundle")
-    with tracking.stage_run(config.experiment, stage.key, stage.name, parent) as run:
+    with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
         run.log_params({"model": config.model.model_dump(), "train": config.train.model_dump()})
         counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
         run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
-        last = train(config.model, config.train, dataset, stage.directory, tracking_uri, run.id, progress)
+        last = train(config.model, config.train, dataset, stage.directory, tracking_uri, run.id, call.progress)
         run.log_points(last.state["points"])
         run.log_loss_curve()
         lineage = {

@@ -16,15 +16,20 @@ from typing import TYPE_CHECKING, Any
 from gru import storage
 from gru.config import PipelineConfig
 from gru.errors import UserError, find_user_error
+from gru.network import require_free
 from jobs import entry
 
 if TYPE_CHECKING:
     from pipelines.stack import Stack
 
 
+ENDS = (signal.SIGTERM, signal.SIGHUP)  # as Ctrl-C
+
+
 def main() -> None:
     arguments = _parser().parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in ENDS:
+        signal.signal(number, _interrupt)
     entry.quiet_libraries()
     try:
         arguments.command(arguments)
@@ -32,9 +37,10 @@ def main() -> None:
         _leave(130)
     except Exception as error:
         from pipelines.ray_jobs import JobFailed
+        from pipelines.stack import ServiceFailed
 
         mistake = find_user_error(error)
-        if mistake is None and not isinstance(error, JobFailed):
+        if mistake is None and not isinstance(error, JobFailed | ServiceFailed):
             raise
         print(f"error: {mistake or error}", file=sys.stderr)
         _leave(2 if mistake else 1)
@@ -47,12 +53,16 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="prepare, train, evaluate, promote and serve; goes on where it was")
     entry.add_config_arguments(run)
     run.add_argument("--exit", action="store_true", help="end after the summary, instead of staying up until Ctrl-C")
-    run.add_argument("--ray-port", type=int, default=8265, metavar="PORT", help="port of the embedded Ray head (8265)")
-    run.add_argument("--mlflow-port", type=int, default=5000, metavar="PORT", help="port of the embedded MLflow (5000)")
+    run.add_argument(
+        "--ray-port", type=_port, default=8265, metavar="PORT", help="port of the embedded Ray head (8265)"
+    )
+    run.add_argument(
+        "--mlflow-port", type=_port, default=5000, metavar="PORT", help="port of the embedded MLflow (5000)"
+    )
     run.set_defaults(command=_run)
 
     down = commands.add_parser("down", help="stop the embedded Ray head and MLflow server")
-    entry.add_config_arguments(down)
+    down.add_argument("storage", nargs="?", default="./store", help="the storage that it was started for (./store)")
     down.set_defaults(command=_down)
 
     generate = commands.add_parser("generate", help="let the endpoint write")
@@ -69,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: expected 1 to 65535")
+    return int(text)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -78,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> None:
     config = entry.load_config(arguments.config, arguments.set)
     storage.check_writable(config.storage)
     if "RAY_ADDRESS" not in os.environ and not stack.address(config.storage, "ray"):
-        stack.require_free(config.serve.host, config.serve.port, "--set serve.port=PORT")
+        require_free(config.serve.host, config.serve.port, "--set serve.port=PORT")
     console = Console(stderr=True)
     with console.status("") as status:
         running = stack.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
@@ -87,16 +103,16 @@ def _run(arguments: argparse.Namespace) -> None:
         from pipelines import train_generator
         from pipelines.ray_jobs import RayJobs
 
-        jobs = RayJobs(
-            running.ray, None if running.embedded_ray else str(Path.cwd()), {"MLFLOW_TRACKING_URI": running.mlflow}
-        )
+        database = train_generator.database_url(config.storage)
+        working_dir = None if running.embedded_ray else str(Path(__file__).parents[1])
+        jobs = RayJobs(running.ray, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
         logs = Path(config.storage if storage.is_local(config.storage) else ".") / "logs"
         console.print(f"logs: {logs}   Ray: {running.ray}   MLflow: {running.mlflow}", highlight=False, soft_wrap=True)
         with Display(console, train_generator.STAGES) as display:
             result = train_generator.execute(
                 config,
                 train_generator.Surroundings(jobs, logs, display.watch),
-                train_generator.database_url(config.storage),
+                database,
             )
         from gru import tracking
 
@@ -127,14 +143,15 @@ def _stopped_afterwards(running: "Stack") -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
-        running.stop()
+        for number in (signal.SIGINT, *ENDS):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
+        running.leave()
 
 
 def _down(arguments: argparse.Namespace) -> None:
     from pipelines import stack
 
-    stopped = stack.down(entry.load_config(arguments.config, arguments.set).storage)
+    stopped = stack.down(storage.absolute(arguments.storage, Path.cwd()))
     print(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running", file=sys.stderr)
 
 
@@ -158,10 +175,13 @@ def _generate(arguments: argparse.Namespace) -> None:
             for line in response:
                 data = line.decode().removeprefix("data: ").strip()
                 if data and data != "[DONE]":
-                    print(json.loads(data)["choices"][0]["text"], end="", flush=True)
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise UserError(f"{address}: {event['error']['message']}")
+                    print(event["choices"][0]["text"], end="", flush=True)
             print()
     except urllib.error.HTTPError as error:
-        raise UserError(f"{address}: {json.load(error)['error']['message']}") from None
+        raise UserError(f"{address}: status {error.code}: {error.read().decode(errors='replace')[:500]}") from None
     except OSError as error:
         raise UserError(f"{address} does not answer ({error}): `gru run` starts it") from None
 

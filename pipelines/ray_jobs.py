@@ -8,6 +8,7 @@ import logging
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 USER_ERROR_STATUS = 2
 POLL_SECONDS = 0.3
+PATIENCE_SECONDS = 60
 
 
 class JobFailed(RuntimeError):
@@ -33,12 +35,16 @@ class RayJobs:
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it sets its own level
-        self.client = JobSubmissionClient(address)
+        try:
+            self.client = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"no Ray job server answers at {address} (RAY_ADDRESS): {reason}") from None
         self.runtime_env: dict[str, object] = {"env_vars": environment}
-        self.python = sys.executable
+        self.python = [sys.executable, "-P"]  # not what may be called jobs in the current directory
         if working_dir is not None:
             self.runtime_env["working_dir"] = working_dir
-            self.python = "python"  # the cluster's own
+            self.python = ["python"]  # the cluster's own
 
     def run(self, name: str, arguments: list[str], log: Path, progress: Callable[[str], None]) -> None:
         """Run `python -m jobs.X ...` under the newest attempt of `name` and wait for its success.
@@ -46,7 +52,7 @@ class RayJobs:
         An attempt that is under way is joined; after one that has ended, the next is made. Raises UserError with
         the job's own line for a user's mistake, JobFailed for anything else.
         """
-        submission_id = self._attach_or_submit(name, shlex.join([self.python, "-m", *arguments]))
+        submission_id = self._attach_or_submit(name, shlex.join([*self.python, "-m", *arguments]))
         stage = arguments[0].removeprefix("jobs.")
         log.parent.mkdir(parents=True, exist_ok=True)
         details = asyncio.run(self._follow(submission_id, stage, log, progress))
@@ -82,11 +88,18 @@ class RayJobs:
         """Pass on the progress lines of a job until it ends. Its log is followed a few seconds behind, and the end
         is not to wait for that."""
         following = asyncio.create_task(self._follow_log(submission_id, stage, log, progress))
+        answered = time.monotonic()
         try:
             while True:
-                details = await asyncio.to_thread(self.client.get_job_info, submission_id)
-                if details.status.is_terminal():
-                    return details
+                try:
+                    details = await asyncio.to_thread(self.client.get_job_info, submission_id)
+                except (OSError, RuntimeError):  # the job goes on, whoever cannot see it
+                    if time.monotonic() - answered > PATIENCE_SECONDS:
+                        raise
+                else:
+                    answered = time.monotonic()
+                    if details.status.is_terminal():
+                        return details
                 await asyncio.sleep(POLL_SECONDS)
         finally:
             following.cancel()

@@ -1,17 +1,18 @@
 """The embedded stack: a Ray head and an MLflow server on 127.0.0.1, started when none is configured.
 
-What was started is noted in <storage>/stack/, by process id and creation time, so that any later command finds
-it, uses it or stops it, and never touches a process that is not ours.
+What was started is noted in <storage>/stack/, by process id and start, with the processes that use it: any later
+command finds it, the last one to leave stops it, and a process that is not ours is never touched.
 """
 
+import contextlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,10 +23,15 @@ import psutil
 
 from gru import storage
 from gru.errors import UserError
+from gru.network import free_port, require_free
 from jobs.entry import HOME_VARIABLE
 
 START_SECONDS = 120
 STOP_SECONDS = 5  # all that is kept survives a kill
+
+
+class ServiceFailed(RuntimeError):
+    """An embedded service did not come up."""
 
 
 @dataclass
@@ -50,13 +56,22 @@ class Service:
     def process(self) -> psutil.Process | None:
         return _find(self._read().get("process"))
 
-    def adopt(self) -> bool:
-        """Make this process the one that stops it, unless another that lives is. Whether it is now."""
+    def join(self) -> None:
+        """Count this process among those that use it."""
         note = self._read()
-        if _find(note["owner"]):
-            return False
-        storage.write_json(str(self.note), {**note, "owner": _identify(psutil.Process())})
-        return True
+        storage.write_json(str(self.note), {**note, "users": [*self._others(note), _identify(psutil.Process())]})
+
+    def leave(self) -> bool:
+        """Count this process no more. Whether it was the last one."""
+        note = self._read()
+        others = self._others(note)
+        if others:
+            storage.write_json(str(self.note), {**note, "users": others})
+        return not others
+
+    @staticmethod
+    def _others(note: dict[str, Any]) -> list[list[int]]:
+        return [user for user in note.get("users", []) if user[0] != os.getpid() and _find(user)]
 
     def start(self, command: list[str], environment: Mapping[str, str], url: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -69,34 +84,41 @@ class Service:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        process, owner = _identify(psutil.Process(child.pid)), _identify(psutil.Process())
-        storage.write_json(str(self.note), {"process": process, "owner": owner, "url": url})
+        storage.write_json(str(self.note), {"process": _identify(psutil.Process(child.pid)), "url": url})
 
     def wait(self, probe: urllib.request.Request) -> None:
-        """Return once it answers. Raises RuntimeError if it ends, or takes too long."""
+        """Return once it answers. Raises ServiceFailed if it ends, or takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while not _answers(probe):
             if self.process() is None or time.monotonic() > deadline:
-                raise RuntimeError(f"{self.name} did not start; its log: {self.log}")
+                raise ServiceFailed(f"{self.name} did not start; its log: {self.log}")
             time.sleep(0.1)
 
     def family(self) -> list[psutil.Process]:
         """The session that we started, also where its leader is dead, and what its members started."""
         if "process" not in self._read():
             return []
-        session, created = self._read()["process"]
+        session, started = self._read()["process"]
         members = [process for process in psutil.process_iter() if _session(process) == session]
-        if any(process.pid == session and process.create_time() != created for process in members):
+        if any(process.pid == session and _identify(process)[1] != started for process in members):
             return []  # long over: the number is another's now
-        return members + [child for member in members for child in member.children(recursive=True)]
+        children: list[psutil.Process] = []
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children += member.children(recursive=True)
+        return list({process.pid: process for process in members + children}.values())
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self.note.read_text()) if self.note.exists() else {}
 
 
-def _identify(process: psutil.Process) -> list[float]:
-    """A process id alone may be given again."""
-    return [process.pid, process.create_time()]
+def _identify(process: psutil.Process) -> list[int]:
+    """Process id, which may be given again, and its start in clock ticks since boot, which no change of time moves."""
+    try:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        raise psutil.NoSuchProcess(process.pid) from None
+    return [process.pid, int(fields[19])]
 
 
 def _session(process: psutil.Process) -> int | None:
@@ -106,14 +128,14 @@ def _session(process: psutil.Process) -> int | None:
         return None
 
 
-def _find(identity: list[float] | None) -> psutil.Process | None:
+def _find(identity: list[int] | None) -> psutil.Process | None:
     """The process, if it is still running."""
     if identity is None:
         return None
     try:
-        process = psutil.Process(int(identity[0]))
-        alive = process.create_time() == identity[1] and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+        process = psutil.Process(identity[0])
+        alive = _identify(process) == identity and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return None
     return process if alive else None
 
@@ -123,11 +145,13 @@ def stop(services: list[Service]) -> list[str]:
     families = {service.name: service.family() for service in services}
     processes = [process for family in families.values() for process in family]
     for service in services:
-        if leader := service.process():
-            leader.terminate()  # lets Ray and MLflow end their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if leader := service.process():
+                leader.terminate()  # lets Ray and MLflow end their own
     _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(alive, timeout=STOP_SECONDS)
     for service in services:
         service.note.unlink(missing_ok=True)
@@ -142,14 +166,14 @@ class Stack:
     mlflow: str
     environment: dict[str, str]
     embedded: list[Service] = field(default_factory=list)
-    """Services that this process stops: it started them, or whoever did is gone."""
 
     @property
     def embedded_ray(self) -> bool:
         return "RAY_AUTH_TOKEN_PATH" in self.environment
 
-    def stop(self) -> None:
-        stop(self.embedded)
+    def leave(self) -> None:
+        """Stop the embedded services that nobody else uses."""
+        stop([service for service in self.embedded if service.leave()])
 
 
 def services(directory: Path) -> list[Service]:
@@ -161,46 +185,45 @@ def up(store: str, ray_port: int, mlflow_port: int, say: Callable[[str], None]) 
     ray_address, mlflow_uri = os.environ.get("RAY_ADDRESS"), os.environ.get("MLFLOW_TRACKING_URI")
     if not (ray_address and mlflow_uri) and not storage.is_local(store):
         raise UserError(f"storage = {store!r} is not on this machine: set RAY_ADDRESS and MLFLOW_TRACKING_URI")
+    if ray_address and not mlflow_uri and urllib.parse.urlsplit(ray_address).hostname not in ("127.0.0.1", "localhost"):
+        raise UserError(f"RAY_ADDRESS = {ray_address} is another machine: set MLFLOW_TRACKING_URI to what it can reach")
     directory = Path(store) / "stack"
     ray, mlflow = services(directory)
     environment: dict[str, str] = {}
     probes: dict[str, urllib.request.Request] = {}
-    owned: list[Service] = []
-    try:
-        if not mlflow_uri and not (mlflow_uri := _running(mlflow, owned)):
-            require_free("127.0.0.1", mlflow_port, "--mlflow-port")
-            mlflow_uri = f"http://127.0.0.1:{mlflow_port}"
-            owned.append(mlflow)
+    begun: list[Service] = []
+    if not mlflow_uri:
+        mlflow_uri = mlflow.url() or _clear(mlflow, mlflow_port, "--mlflow-port")
+        probes["mlflow"] = urllib.request.Request(f"{mlflow_uri}/health")
+        if not mlflow.process():
+            begun.append(mlflow)
             mlflow.start(_mlflow_command(Path(store) / "mlflow", mlflow_port), os.environ, mlflow_uri)
-            probes["mlflow"] = urllib.request.Request(f"{mlflow_uri}/health")
+    try:
         if not ray_address:
             environment = _ray_environment(directory)
-            if not (ray_address := _running(ray, owned)):
-                require_free("127.0.0.1", ray_port, "--ray-port")
-                ray_address = f"http://127.0.0.1:{ray_port}"
-                owned.append(ray)
+            ray_address = ray.url() or _clear(ray, ray_port, "--ray-port")
+            probes["ray"] = _ray_probe(ray_address, environment)
+            if not ray.process():
                 inherited = {"MLFLOW_TRACKING_URI": mlflow_uri, HOME_VARIABLE: str(Path.cwd()), "PATH": _path()}
+                begun.append(ray)
                 ray.start(_ray_command(ray_port), {**os.environ, **environment, **inherited}, ray_address)
-                probes["ray"] = _ray_probe(ray_address, environment)
         for service in (ray, mlflow):
             if service.name in probes:
-                say(f"starting {service.name}")
+                say(f"waiting for {service.name}")
                 service.wait(probes[service.name])
+                service.join()
     except BaseException:
-        stop(owned)
+        stop(begun)
         raise
     environment["MLFLOW_TRACKING_URI"] = mlflow_uri
-    return Stack(ray_address, mlflow_uri, environment, owned)
+    return Stack(ray_address, mlflow_uri, environment, [service for service in (ray, mlflow) if service.name in probes])
 
 
-def _running(service: Service, owned: list[Service]) -> str | None:
-    """The address of a service that is up already; it joins `owned` if nobody else stops it."""
-    url = service.url()
-    if url is None:
-        stop([service])  # what is left of one that was killed
-    elif service.adopt():
-        owned.append(service)
-    return url
+def _clear(service: Service, port: int, option: str) -> str:
+    """Make room for a service that is not running; where it will answer. Raises UserError for a port in use."""
+    stop([service])  # what is left of one that was killed
+    require_free("127.0.0.1", port, option)
+    return f"http://127.0.0.1:{port}"
 
 
 def down(store: str) -> list[str]:
@@ -218,8 +241,11 @@ def _ray_environment(directory: Path) -> dict[str, str]:
     token = directory / "ray-token"
     if not token.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
+        unfinished = token.with_suffix(".tmp")
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch(mode=0o600)
+        unfinished.write_text(secrets.token_hex(32))
+        unfinished.rename(token)
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -238,8 +264,8 @@ def _ray_command(port: int) -> list[str]:
         "--dashboard-host=127.0.0.1",
         f"--dashboard-port={port}",
         "--port=0",
-        f"--ray-client-server-port={_free_port()}",
-        f"--dashboard-agent-listen-port={_free_port()}",
+        f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",
         "--min-worker-port=0",
         "--max-worker-port=0",
         # CPUs are logical here: a stage, its controller, Serve and its replica share few cores.
@@ -277,19 +303,3 @@ def _answers(request: urllib.request.Request) -> bool:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
-
-
-def require_free(host: str, port: int, option: str) -> None:
-    """Raise UserError if another program listens on the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"port {port} is in use ({error.strerror}): choose another with {option}") from None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 from dbos import DBOS, DBOSConfig, SetWorkflowID
 
-from gru import tracking
+from gru import storage, tracking
 from gru.config import PipelineConfig, content_key
+from gru.errors import UserError
 from jobs import stages
 from jobs.stages import Result
 from pipelines.ray_jobs import RayJobs
 
 STAGES = ("prepare", "train", "evaluate", "promote", "serve")
-APPLICATION_VERSION = "1"  # a workflow is recovered only by the version that began it: raise it when its steps change
+STEPS_VERSION = 1  # raise it when the steps change: a workflow must not be continued by others than those it began with
 DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 
 State = Literal["waiting", "running", "done", "done before", "failed"]
@@ -44,24 +45,36 @@ def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -
     """Run the workflow of this config to its end, or join the one that is under way; the summary of its stages."""
     global _surroundings
     _surroundings = surroundings
-    prefix = f"{config.name}-{content_key(config, stages.prepare(config).key)}"
+    prefix = f"{config.name}-{content_key(STEPS_VERSION, config, stages.prepare(config).key)}"
     settings: DBOSConfig = {
         "name": "gru",
         "system_database_url": database,
-        "application_version": APPLICATION_VERSION,
-        "executor_id": prefix,  # launching recovers this config's workflow, and no other's
+        # A process recovers the workflows of its own executor, and runs those of its own version: with both its own,
+        # launching continues this config's workflow and no other's.
+        "application_version": prefix,
+        "executor_id": prefix,
         "console_log_level": "CRITICAL",
     }
     DBOS(config=settings)
     try:
         DBOS.launch()
-        return _attach_or_start(prefix, config).get_result()
+        result = _attach_or_start(prefix, config).get_result()
+        if stages.serve(config).result() is None:  # it was up when the workflow went on after a kill, and is no more
+            run_stage("serve", config.model_dump_json(), result["tracking"], result["dataset"], {})
+        return result
     finally:
         DBOS.destroy()
 
 
 def database_url(store: str) -> str:
-    return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{Path(store) / 'workflows.sqlite'}"
+    """Raises UserError where the workflow's database can be neither found nor made."""
+    if url := os.environ.get(DATABASE_VARIABLE):
+        return url
+    if not storage.is_local(store):
+        raise UserError(
+            f"storage = {store!r} cannot hold a database: set {DATABASE_VARIABLE}, such as postgresql://..."
+        )
+    return f"sqlite:///{Path(store) / 'workflows.sqlite'}"
 
 
 def _attach_or_start(prefix: str, config: PipelineConfig) -> Any:
@@ -80,9 +93,10 @@ def _attach_or_start(prefix: str, config: PipelineConfig) -> Any:
 def train_generator(config_json: str, key: str) -> Result:
     parent = open_parent(config_json, key)
     results: dict[str, Result] = {}
+    dataset = find_dataset(config_json)
     try:
         for name in STAGES:
-            results[name] = run_stage(name, config_json, parent, results)
+            results[name] = run_stage(name, config_json, parent, dataset, results)
     except Exception:
         close_parent(parent, "FAILED", {})
         raise
@@ -96,6 +110,7 @@ def train_generator(config_json: str, key: str) -> Result:
         **measured,
         "endpoint": results["serve"]["endpoint"],
         "tracking": parent,
+        "dataset": dataset,
         "sample": results["evaluate"]["samples"][0],
     }
 
@@ -110,6 +125,12 @@ def open_parent(config_json: str, key: str) -> str:
 
 
 @DBOS.step()
+def find_dataset(config_json: str) -> str:
+    """Where the dataset of the sources as they are now is, or will be: they may change while the stages run."""
+    return stages.prepare(PipelineConfig.model_validate_json(config_json)).directory
+
+
+@DBOS.step()
 def close_parent(run_id: str, status: str, measured: dict[str, float]) -> None:
     run = tracking.find_run(run_id)
     run.log_metrics(measured)
@@ -117,12 +138,12 @@ def close_parent(run_id: str, status: str, measured: dict[str, float]) -> None:
 
 
 @DBOS.step()
-def run_stage(name: str, config_json: str, parent: str, results: dict[str, Result]) -> Result:
+def run_stage(name: str, config_json: str, parent: str, dataset: str, results: dict[str, Result]) -> Result:
     """The result of a stage: the one that is there, or that of its Ray job."""
     assert _surroundings is not None
     watch = _surroundings.watch
     config = PipelineConfig.model_validate_json(config_json)
-    stage = stages.of(name, config, results)
+    stage = stages.of(name, config, dataset, results)
     result = stage.result()
     if result is not None:
         watch(name, "done before", summary(name, result))
@@ -130,8 +151,8 @@ def run_stage(name: str, config_json: str, parent: str, results: dict[str, Resul
     watch(name, "running", "")
     try:
         _surroundings.jobs.run(
-            f"gru-{config.name}-{name}-{stage.key}",
-            [f"jobs.{name}", config_json, "--parent", parent],
+            f"gru-{name}-{stage.key}",
+            [f"jobs.{name}", config_json, "--parent", parent, "--dataset", dataset],
             _surroundings.logs / f"{name}-{stage.key}.log",
             lambda line: watch(name, "running", line),
         )

@@ -203,6 +203,7 @@ def prepare(
     Raises UserError if the sources cannot be read, or hold nothing to train on or to hold out.
     """
     if storage.exists(storage.join(directory, MANIFEST)):
+        storage.remove(storage.join(directory, "parts"))
         return open_dataset(directory)
     try:
         manifest = _make(corpus, tokenizer, directory, progress)

@@ -236,7 +236,8 @@ def _border(file: IO[bytes], position: int, size: int) -> int:
 def documents(span: Span, corpus: CorpusConfig, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
     """Yield (source name, text) of each document; count in `dropped` what is left out, by reason.
 
-    A text file, or a span of one, is one document; a line of JSON Lines or a row of Parquet is another.
+    A text file, or a span of one, is one document; a compressed one is cut as if it were not. A line of JSON
+    Lines or a row of Parquet is another.
     Raises UserError naming the file, and the place in it, if it cannot be read.
     """
     try:
@@ -266,7 +267,11 @@ def _texts(file: IO[bytes], span: Span, corpus: CorpusConfig, dropped: Counter[s
         )
     if span.file.kind == "jsonl":
         yield from _fill(corpus.template, _lines(file, start, end, span), span, dropped)
-    elif (data := file.read(-1 if span.file.compressed else end - start)) or span.whole:
+    elif span.file.compressed:  # cut while it is read, so that it need not fit in memory
+        while (data := file.read(corpus.partition_bytes) + file.readline()) or start == 0:
+            yield _decode(data, start, span)
+            start += max(1, len(data))
+    elif (data := file.read(end - start)) or span.whole:
         yield _decode(data, start, span)
 
 

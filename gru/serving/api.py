@@ -104,8 +104,9 @@ class ApiError(Exception):
         return JSONResponse(self.content, self.status, headers)
 
 
-def create_app(provider: Provider, max_tokens: int) -> FastAPI:
-    """The app; each request goes to the model that `provider` returns when it arrives."""
+def create_app(provider: Provider, max_tokens: int, settings: str = "") -> FastAPI:
+    """The app; each request goes to the model that `provider` returns when it arrives. `settings` names the
+    configuration that it runs with, and is shown with the model."""
     app = FastAPI(title="GRU text generation")
     relays: dict[str, Relay] = {}
 
@@ -148,7 +149,7 @@ def create_app(provider: Provider, max_tokens: int) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> Response:
         served = provider()
-        return JSONResponse({"object": "list", "data": [describe(served)] if served else []})
+        return JSONResponse({"object": "list", "data": [describe(served) | {"settings": settings}] if served else []})
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:

@@ -19,8 +19,9 @@ from ray.serve._private import replica
 from ray.serve.context import _get_global_client
 
 from gru import registry
-from gru.config import ServeConfig
+from gru.config import ServeConfig, content_key
 from gru.errors import UserError
+from gru.network import require_free
 from gru.serving.api import Served, create_app
 from gru.serving.engine import Engine
 
@@ -45,7 +46,7 @@ class Generator:
         threading.Thread(target=self._keep_following, name="gru-follow", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._served, self._config.max_tokens)
+        return create_app(lambda: self._served, self._config.max_tokens, content_key(self._config))
 
     def check_health(self) -> None:
         if self._served is not None and not self._served.healthy:
@@ -90,19 +91,14 @@ def _stay_on_loopback() -> None:
 def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
     """Start Serve on the connected Ray cluster and put the endpoint up, or replace it; it outlives this process.
 
-    Returns when a replica is ready. Raises UserError if the model has no @champion, or if Serve already runs
-    at another address.
+    Returns when a replica is ready. Raises UserError if the model has no @champion, if the port is in use, or if
+    other applications are served at another address of this cluster.
     """
     mlflow.set_tracking_uri(tracking_uri)
     if registry.resolve(model_name, registry.CHAMPION) is None:
         raise UserError(f"{model_name}: no version is @{registry.CHAMPION}; train and promote one first")
+    _move_to(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port})
-    client = _get_global_client()
-    assert client is not None, "it has just been started"
-    running = client.http_config
-    if (running.host, running.port) != (config.host, config.port):
-        address = f"{running.host}:{running.port}"
-        raise UserError(f"serve: Serve already runs at {address} on this cluster; set serve.host and serve.port")
     deployment = serve.deployment(
         name="Generator",
         num_replicas=config.replicas,
@@ -116,11 +112,19 @@ def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
     serve.run(deployment.bind(config, model_name, tracking_uri), name=APP, route_prefix="/")
 
 
-def undeploy() -> None:
-    """Take the endpoint down; and Serve with it, so that the port is free, unless it has other applications."""
-    serve.delete(APP)
-    if not serve.status().applications:
+def _move_to(host: str, port: int) -> None:
+    """Make sure that Serve can be started at this address: it has one for all its applications."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        running = client.http_config
+        if (running.host, running.port) == (host, port):
+            return
+        if set(serve.status().applications) - {APP}:
+            raise UserError(
+                f"serve.port = {port}: this cluster already serves others at {running.host}:{running.port}: use that"
+            )
         serve.shutdown()
+    require_free(host, port, "--set serve.port=PORT")
 
 
 def wait_ready(url: str, version: str, timeout: float) -> None:

@@ -52,7 +52,7 @@ def read_verified(path: str) -> dict[str, bytes]:
     try:
         digests = storage.read_json(storage.join(path, DIGESTS))
         files = {name: storage.read_bytes(storage.join(path, name)) for name in digests}
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise DamagedFiles(f"{path}: incomplete: {error}") from None
     for name, data in files.items():
         if storage.sha256(data) != digests[name]:
@@ -89,8 +89,8 @@ def paths(run: str) -> list[str]:
     return [storage.join(run, name) for name in sorted(found, reverse=True)]
 
 
-def newest(run: str, identity: dict[str, Any]) -> Checkpoint | None:
-    """The newest undamaged checkpoint of a run; damaged ones are named in the log.
+def newest(run: str, identity: dict[str, Any]) -> str | None:
+    """The path of the newest undamaged checkpoint of a run; damaged ones are named in the log.
 
     Raises UserError if it was made from anything but `identity` (dataset digest, model, ...).
     """
@@ -104,11 +104,21 @@ def newest(run: str, identity: dict[str, Any]) -> Checkpoint | None:
             found = checkpoint.state["identity"].get(key)
             if found != wanted:
                 raise UserError(f"{path}: cannot resume: its {key} is {found}, but this run's is {wanted}")
-        return checkpoint
+        return path
     return None
 
 
-def prune(run: str, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints."""
-    for path in paths(run)[keep:]:
+def discard_others(run: str, used: str | None) -> None:
+    """Remove the checkpoints that are newer than the one in use: they are damaged, and must not count as kept."""
+    for path in paths(run):
+        if path == used:
+            return
         storage.remove(path)
+
+
+def prune(run: str, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints. What is incomplete has been given up and goes too."""
+    complete = [path for path in paths(run) if storage.exists(storage.join(path, DIGESTS))]
+    for path in paths(run):
+        if path not in complete[:keep]:
+            storage.remove(path)

@@ -4,6 +4,7 @@ Runs inside Ray Train. Metrics are buffered and logged with the checkpoint that 
 each point once.
 """
 
+import math
 import os
 import tempfile
 import time
@@ -16,6 +17,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.actor import ActorHandle
+from ray.train.collective import broadcast_from_rank_zero
 
 from gru import storage, tracking
 from gru.config import ModelConfig, TrainConfig
@@ -45,12 +47,13 @@ def work(told: dict[str, Assignment]) -> None:
     config = assignment.train
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     dataset = open_dataset(assignment.dataset)
     manifest = dataset.manifest
     device = ray.train.torch.get_device()
     learner = Learner(assignment.model, config, manifest.vocab_size, manifest.end_of_text, rank, world, device)
-    resumed = checkpoints.newest(assignment.run, assignment.identity)
+    path = _choose_checkpoint(assignment, rank)
+    resumed = checkpoints.load(path) if path else None
     if resumed:
         learner.restore(resumed)
     segments = dataset.segments("train")
@@ -63,6 +66,15 @@ def work(told: dict[str, Assignment]) -> None:
         _train(assignment, learner, reader, heldout, recorder)
     if recorder:
         recorder.close()
+
+
+def _choose_checkpoint(assignment: Assignment, rank: int) -> str | None:
+    """The one to go on from: rank 0 looks, so that all take the same."""
+    path = None
+    if rank == 0:
+        path = checkpoints.newest(assignment.run, assignment.identity)
+        checkpoints.discard_others(assignment.run, path)
+    return broadcast_from_rank_zero(path)
 
 
 def _train(
@@ -87,6 +99,10 @@ def _train(
         # Rank 0's clock decides for all: its share of the second sum is the only one that is not zero.
         due = done or time.monotonic() - last_checkpoint > config.checkpoint_seconds
         mean_loss, due_sum = learner.sum_over_workers([meter.mean_loss(), float(due and learner.rank == 0)])
+        if not math.isfinite(mean_loss):
+            if learner.rank == 0:
+                ray.get(assignment.progress.give_up.remote(_divergence(learner.step, mean_loss)))
+            return  # not an error of this process: it would be tried again, and end the same
         metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": float(norm), **meter.rates()}
         metrics["train/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
         if learner.step % config.heldout_steps < config.log_steps or done:
@@ -100,6 +116,10 @@ def _train(
             if recorder:
                 recorder.checkpoint_seconds = last_checkpoint - started
         meter = Meter()
+
+
+def _divergence(step: int, loss: float) -> str:
+    return f"training diverged: the loss is {loss} at step {step}: lower train.learning_rate or train.clip"
 
 
 def _commit(assignment: Assignment, learner: Learner, recorder: "Recorder | None") -> None:

@@ -10,13 +10,14 @@ import ray
 import ray.train
 from ray.train import CheckpointConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.config import FailureConfig
 
 from gru import storage
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.lanes import LaneOrder
 from gru.corpus.shards import Dataset
-from gru.errors import find_user_error
+from gru.errors import UserError, find_user_error
 from gru.training import checkpoint as checkpoints
 from gru.training import loop
 
@@ -49,9 +50,9 @@ def train(
         "seed": config.seed,
     }
     LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.lanes, config.window)
-    found = checkpoints.newest(run, identity)
-    if found and found.step >= config.steps:
+    if (found := _last(run, identity)) and found.step >= config.steps:
         return found
+    _check_resources(config, progress)
     # Ray Train's own note of its checkpoints is written in place, and dies with a bare ActorDiedError if a kill has
     # truncated it. Ours are found by their digests, so that note is not needed.
     storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
@@ -79,17 +80,50 @@ def train(
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
+            if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+                raise UserError(f"{_shortage(config)}: they did not come in time") from None
             raise find_user_error(error) or error from None
-    last = checkpoints.newest(run, identity)
+        if reason := ray.get(actor.reason.remote()):
+            raise UserError(reason)
+    last = _last(run, identity)
     assert last is not None and last.step == config.steps, "the run ended without its last checkpoint"
     return last
 
 
+def _last(run: str, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:
+    path = checkpoints.newest(run, identity)
+    return checkpoints.load(path) if path else None
+
+
+def _check_resources(config: TrainConfig, progress: Callable[[str], None]) -> None:
+    """Say what is missing: a cluster that grows may still bring it."""
+    present = ray.cluster_resources()
+    wanted = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * int(config.gpu)}
+    if any(present.get(name, 0) < amount for name, amount in wanted.items()):
+        progress(f"waiting: {_shortage(config)}")
+
+
+def _shortage(config: TrainConfig) -> str:
+    present = ray.cluster_resources()
+    gpu = ", train.gpu = true" if config.gpu else ""
+    return (
+        f"train.workers = {config.workers}, train.cpus_per_worker = {config.cpus_per_worker}{gpu} need more than "
+        f"this cluster's {present.get('CPU', 0):.0f} CPUs and {present.get('GPU', 0):.0f} GPUs"
+    )
+
+
 class _Progress:
-    """Carries the newest line from rank 0 to the driver: worker output goes to log files."""
+    """Carries the newest line from rank 0 to the driver, since worker output goes to log files; and why it gave up."""
 
     def __init__(self) -> None:
         self.line: str | None = None
+        self.given_up: str | None = None
+
+    def give_up(self, reason: str) -> None:
+        self.given_up = reason
+
+    def reason(self) -> str | None:
+        return self.given_up
 
     def report(self, line: str) -> None:
         self.line = line
@@ -105,9 +139,10 @@ def _progress_actor(progress: Callable[[str], None]) -> Iterator[Any]:
     ended = threading.Event()
 
     def follow() -> None:
-        while not ended.wait(1.0):
-            line = ray.get(actor.take.remote())
-            if line:
+        over = False
+        while not over:
+            over = ended.wait(1.0)
+            if line := ray.get(actor.take.remote()):
                 progress(line)
 
     thread = threading.Thread(target=follow, name="training-progress", daemon=True)

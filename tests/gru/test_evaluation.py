@@ -32,7 +32,9 @@ def test_scores_are_those_of_a_plain_loop(lanes: int) -> None:
 def test_scoring_stops_at_a_whole_document() -> None:
     tokenizer = train(TokenizerConfig(kind="byte"), TEXTS)
     model = GRULanguageModel(ModelConfig(embedding=8, hidden=8), tokenizer.vocab_size)
-    assert score(model, tokenizer, iter(TEXTS), 1, 5).tokens == len(TEXTS[0]) + 1
+    first = score(model, tokenizer, iter(TEXTS), 1, 5)
+    assert first.tokens == len(TEXTS[0]) + 1
+    assert first.text == score(model, tokenizer, TEXTS[:1], 1, 10**6).text != score(model, tokenizer, TEXTS, 1, 99).text
 
 
 def test_samples_begin_with_the_prompt_and_are_the_same_again() -> None:

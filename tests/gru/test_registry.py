@@ -1,5 +1,6 @@
 """Bundles on disk, and the registry in a real MLflow."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -70,20 +71,22 @@ def test_versions_are_gated_promoted_and_rolled_back(tmp_path: Path, tokenizer: 
     with pytest.raises(UserError, match="version 1 is the first champion"):
         registry.rollback("m")
 
+    assert not registry.promote(register(9, math.nan), unused)[0], "not a number never wins"
+    assert aliases() == ("1", "2")
     promoted, reason = registry.promote(register(2, 2.5), unused)
     assert not promoted
     assert reason == "2.5000 bits per byte, version 1 has 2.0000"
-    assert aliases() == ("1", "2")
+    assert aliases() == ("1", "3")
 
     assert registry.promote(register(3, 1.5), unused)[0]
-    assert aliases() == ("3", "2")
+    assert aliases() == ("4", "3")
     # A score on other text says nothing: the champion is scored on the candidate's.
     assert not registry.promote(register(4, 1.0, "other text"), lambda champion: 0.9)[0]
-    assert aliases() == ("3", "4")
+    assert aliases() == ("4", "5")
     assert registry.promote(register(4, 1.0, "other text"), lambda champion: 1.1)[0]
-    assert aliases() == ("4", None)
+    assert aliases() == ("5", None)
 
-    assert registry.rollback("m").version == "3"
+    assert registry.rollback("m").version == "4"
     assert registry.rollback("m").version == "1"
     assert aliases() == ("1", None)
 

@@ -66,7 +66,7 @@ def test_a_missing_configuration(directory: Path) -> None:
 
 def test_an_empty_corpus(directory: Path) -> None:
     (directory / "corpus.txt").write_text("")
-    assert "corpus.txt" in prepare(directory, "corpus.heldout=hash")
+    assert re.search(r"no document to train on in .*corpus.txt", prepare(directory, "corpus.heldout=hash"))
 
 
 def test_text_that_is_not_utf8_is_named_with_its_place(directory: Path) -> None:

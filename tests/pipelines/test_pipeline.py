@@ -177,7 +177,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator
         pipeline.wait_for_result()
         yield pipeline
     finally:
-        subprocess.run([*GRU, "down", pipeline.config], capture_output=True)
+        subprocess.run([*GRU, "down", str(pipeline.storage)], capture_output=True)
         if pipeline.process and pipeline.process.poll() is None:
             pipeline.kill()
 
@@ -298,7 +298,9 @@ def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipelin
     assert "succeeded" in done.stdout + done.stderr
     [result] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert result["stage"] == "prepare"
-    refused = subprocess.run([*command, *job], cwd=ROOT, env={**environment, "RAY_AUTH_TOKEN_PATH": "/dev/null"})
+    refused = subprocess.run(
+        [*command, *job], cwd=ROOT, env={**environment, "RAY_AUTH_TOKEN_PATH": "/dev/null"}, capture_output=True
+    )
     assert refused.returncode != 0
 
 

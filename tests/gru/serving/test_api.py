@@ -71,7 +71,7 @@ def running() -> Iterator[Server]:
     bundle = Bundle(model, tokenizer, {}, "f00d")
     listener = socket.create_server(("127.0.0.1", 0))
     server = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", bundle, Slowed(model), [None])
-    app = create_app(lambda: server.served[0], max_tokens=100_000)
+    app = create_app(lambda: server.served[0], max_tokens=100_000, settings="s1")
     http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=http.run, args=([listener],), daemon=True)
     thread.start()
@@ -258,6 +258,7 @@ def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
         "run_id": "r1",
         "bits_per_byte": 2.5,
         "digest": "f00d",
+        "settings": "s1",
     }
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "active": 0, "waiting": 0}
     engine = server.engine

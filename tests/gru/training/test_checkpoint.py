@@ -21,6 +21,11 @@ def write(run: Path, step: int) -> Path:
     return directory
 
 
+def step_of(path: str | None) -> int:
+    assert path is not None
+    return checkpoints.load(path).step
+
+
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     loaded = checkpoints.load(str(write(tmp_path, 5)))
     assert loaded.step == 5
@@ -31,9 +36,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 def test_the_newest_is_used_whatever_its_name_ends_with(tmp_path: Path) -> None:
     for step in (10, 2, 9):
         write(tmp_path, step)
-    newest = checkpoints.newest(str(tmp_path), IDENTITY)
-    assert newest is not None
-    assert newest.step == 10
+    assert step_of(checkpoints.newest(str(tmp_path), IDENTITY)) == 10
     assert checkpoints.newest(str(tmp_path / "nothing"), IDENTITY) is None
 
 
@@ -58,9 +61,10 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
         checkpoints.load(str(newest))
     with caplog.at_level(logging.WARNING):
         used = checkpoints.newest(str(tmp_path), IDENTITY)
-    assert used is not None
-    assert used.step == 1
+    assert step_of(used) == 1
     assert newest.name in caplog.text
+    checkpoints.discard_others(str(tmp_path), used)
+    assert checkpoints.paths(str(tmp_path)) == [used]
 
 
 def test_another_dataset_or_model_is_refused_by_name(tmp_path: Path) -> None:
@@ -78,6 +82,15 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [checkpoints.load(path).step for path in checkpoints.paths(str(tmp_path))] == [4, 3]
 
 
+def test_an_incomplete_one_is_not_counted_among_those_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        directory = write(tmp_path, step)
+        if step > 2:
+            (directory / checkpoints.DIGESTS).unlink()
+    checkpoints.prune(str(tmp_path), keep=1)
+    assert [step_of(path) for path in checkpoints.paths(str(tmp_path))] == [2]
+
+
 def test_an_upload_ends_with_the_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that comes in between finds an incomplete checkpoint, never a wrong one."""
     local, remote = write(tmp_path / "local", 1), tmp_path / "remote" / checkpoints.new_name(1)
@@ -91,6 +104,4 @@ def test_an_upload_ends_with_the_digests(tmp_path: Path, monkeypatch: pytest.Mon
     storage.upload(local, str(remote), last=checkpoints.DIGESTS)
     assert order[-1].endswith(checkpoints.DIGESTS)
     assert len(order) == len(json.loads((remote / checkpoints.DIGESTS).read_text())) + 1
-    newest = checkpoints.newest(str(remote.parent), IDENTITY)
-    assert newest is not None
-    assert newest.step == 1
+    assert step_of(checkpoints.newest(str(remote.parent), IDENTITY)) == 1

@@ -55,6 +55,15 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
         train(ModelConfig(embedding=8), CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
 
 
+def test_training_that_diverges_says_so_and_is_not_tried_again(
+    dataset: Dataset, tmp_path: Path, mlflow_store: str
+) -> None:
+    run = tracking.open_run("test", "other key", "train")
+    config = CONFIG.model_copy(update={"workers": 1, "learning_rate": 1e30, "clip": 1e30})
+    with pytest.raises(UserError, match=r"training diverged: the loss is \w+ at step \d+: lower train.learning_rate"):
+        train(MODEL, config, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
+
+
 def test_a_corpus_smaller_than_a_window_for_each_lane_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"lanes": 1000, "window": 1000})
     with pytest.raises(UserError, match=r"too few for train.lanes = 1000"):
