@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import sys
 import urllib.error
@@ -125,7 +126,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:
-    body = json.dumps({"model": result["model"], "prompt": config.evaluate.prompt, "max_tokens": 100})
+    request = {"model": result["model"], "prompt": config.evaluate.prompt, "max_tokens": 100}
+    body = shlex.quote(json.dumps(request, ensure_ascii=False))
     sample = "\n".join(f"    {line}" for line in result["sample"].strip("\n").splitlines())
     served = f"version {result['serving']} of {result['model']}"
     return f"""
@@ -135,7 +137,7 @@ def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:
 
 tracking   {result["tracking"]}
 endpoint   {result["endpoint"]} serves {served}
-try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: application/json' -d '{body}'"""
+try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: application/json' -d {body}"""
 
 
 @contextlib.contextmanager

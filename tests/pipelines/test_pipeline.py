@@ -1,5 +1,6 @@
-"""The whole of it, as its user runs it: killed twice with -9 while it trains, finished by the same command, used."""
+"""The whole of it, as its user runs it: killed with -9 in every stage, finished by the same command, used."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,6 +93,8 @@ class Pipeline:
     mlflow_port: int
     process: subprocess.Popen[str] | None = None
     result: dict[str, Any] = field(default_factory=dict)
+    shown: int = 0
+    """Length of stderr when the process was started."""
 
     @property
     def storage(self) -> Path:
@@ -115,7 +118,14 @@ class Pipeline:
     def command(self) -> list[str]:
         return [*GRU, "run", self.config, f"--ray-port={self.ray_port}", f"--mlflow-port={self.mlflow_port}"]
 
+    @property
+    def stderr(self) -> str:
+        """Of the process that was started last."""
+        return (self.directory / "err.txt").read_text()[self.shown :]
+
     def start(self) -> None:
+        if (self.directory / "err.txt").exists():
+            self.shown = len((self.directory / "err.txt").read_text())
         with (self.directory / "out.txt").open("w") as out, (self.directory / "err.txt").open("a") as err:
             self.process = subprocess.Popen(
                 self.command, cwd=self.directory, stdout=out, stderr=err, text=True, start_new_session=True
@@ -126,10 +136,18 @@ class Pipeline:
         found = [p.parent.name for p in self.storage.glob(f"runs/*/step-*/{checkpoints.DIGESTS}")]
         return max((int(name.split("-")[1]) for name in found), default=0)
 
+    def wait_for_stage(self, stage: str) -> None:
+        def reached() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, self.stderr
+            return f"{stage:9} running" in self.stderr
+
+        wait_for(f"stage {stage}", reached)
+
     def wait_for_step(self, step: int) -> None:
         def reached() -> bool:
             assert self.process is not None
-            assert self.process.poll() is None, (self.directory / "err.txt").read_text()
+            assert self.process.poll() is None, self.stderr
             return self.newest_step() >= step
 
         wait_for(f"a checkpoint at step {step}", reached)
@@ -138,6 +156,15 @@ class Pipeline:
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def kill_everything(self) -> None:
+        """As if the machine had lost power."""
+        everything = self.stack_processes()
+        self.kill()
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(everything, timeout=10)
 
     def stack_processes(self) -> list[psutil.Process]:
         processes = []
@@ -152,7 +179,7 @@ class Pipeline:
             lines = (self.directory / "out.txt").read_text().splitlines()
             if lines:
                 return json.loads(lines[-1])
-            assert self.process.poll() is None, (self.directory / "err.txt").read_text()
+            assert self.process.poll() is None, self.stderr
             return None
 
         self.result = wait_for("the result", result, 300)
@@ -163,16 +190,24 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator
     pipeline = Pipeline(tmp_path_factory.mktemp("pipeline"), fables, *free_ports(3))
     try:
         pipeline.start()
-        pipeline.wait_for_step(1)
+        pipeline.wait_for_stage("prepare")
         pipeline.kill()  # the workflow alone: Ray goes on with its job
         pipeline.start()
+        pipeline.wait_for_step(1)
+        pipeline.kill()
+        pipeline.start()
         pipeline.wait_for_step(pipeline.newest_step() + 1)
-        everything = pipeline.stack_processes()
-        pipeline.kill()  # the whole machine, as it were
-        for process in everything:
-            process.kill()
-        psutil.wait_procs(everything, timeout=10)
+        pipeline.kill_everything()
         assert pipeline.newest_step() < 800, "it was to be killed while it trained"
+        pipeline.start()
+        pipeline.wait_for_stage("evaluate")
+        pipeline.kill_everything()
+        pipeline.start()
+        pipeline.wait_for_stage("promote")
+        pipeline.kill()
+        pipeline.start()
+        pipeline.wait_for_stage("serve")
+        pipeline.kill_everything()
         pipeline.start()
         pipeline.wait_for_result()
         yield pipeline
@@ -325,6 +360,35 @@ def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> N
     rollback = subprocess.run([*GRU, "rollback", pipeline.config], capture_output=True, text=True)
     assert rollback.returncode == 0, rollback.stderr
     wait_for("version 1", lambda: served() == "1", 30)
+
+
+def test_a_mistake_that_only_a_stage_can_find_is_one_line_too(pipeline: Pipeline) -> None:
+    command = [*pipeline.command, "--set", "train.window=1000000", "--exit"]
+    done = subprocess.run(command, cwd=pipeline.directory, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the corpus has ")
+    assert "train.window = 1000000" in done.stderr
+
+
+def test_a_ray_and_an_mlflow_of_ones_own_take_the_place_of_the_embedded(pipeline: Pipeline, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": f"http://127.0.0.1:{pipeline.ray_port}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(pipeline.storage / "stack" / "ray-token"),
+        "MLFLOW_TRACKING_URI": pipeline.tracking,
+    }
+    [port] = free_ports(1)
+    changes = [f"storage={tmp_path}/store", "name=elsewhere", "train.steps=30", f"serve.port={port}"]
+    command = [*GRU, "run", pipeline.config, "--exit", *(part for change in changes for part in ("--set", change))]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["tracking"].startswith(pipeline.tracking)
+    assert not (tmp_path / "store" / "stack").exists()
+    client = openai.OpenAI(base_url=f"{result['endpoint']}/v1", api_key="none")
+    assert client.completions.create(model="elsewhere", prompt="A ", max_tokens=5).choices[0].text
 
 
 def test_ctrl_c_leaves_no_process_and_the_same_command_does_no_stage_again(pipeline: Pipeline) -> None:
