@@ -128,7 +128,9 @@ def _run(arguments: argparse.Namespace) -> None:
 def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:
     request = {"model": result["model"], "prompt": config.evaluate.prompt, "max_tokens": 100}
     body = shlex.quote(json.dumps(request, ensure_ascii=False))
-    sample = "\n".join(f"    {line}" for line in result["sample"].strip("\n").splitlines())
+    # A model that has learned little may write control characters, which are not for a terminal.
+    printable = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in result["sample"].strip("\n"))
+    sample = "\n".join(f"    {line}" for line in printable.splitlines())
     served = f"version {result['serving']} of {result['model']}"
     return f"""
 {result["bits_per_byte"]:.3f} bits per byte, {result["nats_per_character"]:.3f} nats per character on held-out text
