@@ -25,7 +25,7 @@ def ray_local() -> Iterator[None]:
 
 
 @pytest.fixture
-def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of an empty MLflow store, which is MLflow's own default while the test runs."""
     import mlflow
 

@@ -31,6 +31,8 @@ from jobs import entry
 ROOT = Path(__file__).parents[2]
 GRU = [str(Path(sys.executable).with_name("gru"))]
 
+STEPS = 1200  # some half a minute: long enough to be killed in
+
 CONFIG = """
 name = "fables"
 storage = "{storage}"
@@ -47,7 +49,7 @@ hidden = 128
 layers = 2
 dropout = 0.1
 [train]
-steps = 800
+steps = {steps}
 lanes = 16
 window = 32
 threads = 1
@@ -103,7 +105,7 @@ class Pipeline:
     @property
     def config(self) -> str:
         path = self.directory / "fables.toml"
-        path.write_text(CONFIG.format(storage=self.storage, corpus=self.corpus, port=self.serve_port))
+        path.write_text(CONFIG.format(storage=self.storage, corpus=self.corpus, port=self.serve_port, steps=STEPS))
         return str(path)
 
     @property
@@ -198,7 +200,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator
         pipeline.start()
         pipeline.wait_for_step(pipeline.newest_step() + 1)
         pipeline.kill_everything()
-        assert pipeline.newest_step() < 800, "it was to be killed while it trained"
+        assert pipeline.newest_step() < STEPS, "it was to be killed while it trained"
         pipeline.start()
         pipeline.wait_for_stage("evaluate")
         pipeline.kill_everything()
@@ -263,9 +265,9 @@ def test_mlflow_has_each_step_once_and_the_true_status_of_every_run(pipeline: Pi
     )  # fmt: skip
     train = runs["train"]
     steps = [metric.step for metric in client.get_metric_history(train.info.run_id, "train/loss")]
-    assert sorted(steps) == list(range(10, 801, 10))
+    assert sorted(steps) == list(range(10, STEPS + 1, 10))
     heldout = client.get_metric_history(train.info.run_id, "heldout/loss")
-    assert [metric.step for metric in heldout] == list(range(100, 801, 100))
+    assert [metric.step for metric in heldout] == list(range(100, STEPS + 1, 100))
     assert heldout[-1].value < heldout[0].value
     assert train.inputs.dataset_inputs[0].dataset.name == "fables"
     assert "system/cpu_utilization_percentage" in train.data.metrics
@@ -341,7 +343,7 @@ def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipelin
 
 def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> None:
     """The endpoint follows @champion when it moves, without a restart."""
-    longer = [*pipeline.command, "--set", "train.steps=900", "--exit"]
+    longer = [*pipeline.command, "--set", f"train.steps={STEPS + 100}", "--exit"]
     done = subprocess.run(longer, cwd=pipeline.directory, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
