@@ -253,9 +253,6 @@ def documents(span: Span, corpus: CorpusConfig, dropped: Counter[str]) -> Iterat
 
 
 def _texts(file: IO[bytes], span: Span, corpus: CorpusConfig, dropped: Counter[str]) -> Iterator[str]:
-    if span.file.kind == "parquet":
-        yield from _fill(corpus.template, _rows(file, span, corpus.template), span, dropped)
-        return
     start, end = _border(file, span.start, span.file.size), _border(file, span.end, span.file.size)
     file.seek(start)
     if span.file.compressed:
@@ -265,7 +262,10 @@ def _texts(file: IO[bytes], span: Span, corpus: CorpusConfig, dropped: Counter[s
             cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(file, codec), 1 << 20)),
             sys.maxsize,
         )
-    if span.file.kind == "jsonl":
+    if span.file.kind == "parquet":
+        whole = io.BytesIO(file.read()) if span.file.compressed else file  # Parquet is read from its end
+        yield from _fill(corpus.template, _rows(whole, span, corpus.template), span, dropped)
+    elif span.file.kind == "jsonl":
         yield from _fill(corpus.template, _lines(file, start, end, span), span, dropped)
     elif span.file.compressed:  # cut while it is read, so that it need not fit in memory
         while (data := file.read(corpus.partition_bytes) + file.readline()) or start == 0:

@@ -99,10 +99,12 @@ def _train(
         # Rank 0's clock decides for all: its share of the second sum is the only one that is not zero.
         due = done or time.monotonic() - last_checkpoint > config.checkpoint_seconds
         mean_loss, due_sum = learner.sum_over_workers([meter.mean_loss(), float(due and learner.rank == 0)])
-        if not math.isfinite(mean_loss):
-            if learner.rank == 0:
-                ray.get(assignment.progress.give_up.remote(_divergence(learner.step, mean_loss)))
-            return  # not an error of this process: it would be tried again, and end the same
+        # The last step's gradient is already in weights that no loss has been measured with.
+        for what, value in (("loss", mean_loss), ("gradient's norm", float(norm))):
+            if not math.isfinite(value):
+                if learner.rank == 0:
+                    ray.get(assignment.progress.give_up.remote(_divergence(learner.step, what, value)))
+                return  # not an error of this process: it would be tried again, and end the same
         metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": float(norm), **meter.rates()}
         metrics["train/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
         if learner.step % config.heldout_steps < config.log_steps or done:
@@ -118,8 +120,8 @@ def _train(
         meter = Meter()
 
 
-def _divergence(step: int, loss: float) -> str:
-    return f"training diverged: the loss is {loss} at step {step}: lower train.learning_rate or train.clip"
+def _divergence(step: int, what: str, value: float) -> str:
+    return f"training diverged: the {what} is {value} at step {step}: lower train.learning_rate or train.clip"
 
 
 def _commit(assignment: Assignment, learner: Learner, recorder: "Recorder | None") -> None:

@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 import random
 from collections import Counter
@@ -93,6 +94,10 @@ def test_compressed_files_of_several_frames_are_read_whole(tmp_path: Path, suffi
     assert read(CorpusConfig(sources=[path], partition_bytes=1000))[0] == [f"{i} 黃" for i in range(5000)]
     path = write(tmp_path / f"b.txt{suffix}", pack(AWKWARD.encode()))
     assert read(CorpusConfig(sources=[path]))[0] == [AWKWARD]
+    rows = io.BytesIO()
+    pq.write_table(pa.table({"text": ["one", "黃"]}), rows)
+    path = write(tmp_path / f"c.parquet{suffix}", pack(rows.getvalue()))
+    assert read(CorpusConfig(sources=[path]))[0] == ["one", "黃"]
     if suffix:
         path = write(tmp_path / f"cut.jsonl{suffix}", data[:-4])
         with pytest.raises(UserError, match=f"cut.jsonl{suffix}: cannot be read: .*[Tt]runcated"):
@@ -100,6 +105,15 @@ def test_compressed_files_of_several_frames_are_read_whole(tmp_path: Path, suffi
         path = write(tmp_path / f"not.txt{suffix}", b"plain text all along, and no magic number")
         with pytest.raises(UserError, match=f"not.txt{suffix}: cannot be read"):
             read(CorpusConfig(sources=[path]))
+
+
+def test_compressed_text_larger_than_a_partition_is_cut_at_lines(tmp_path: Path) -> None:
+    text = "".join(f"{i} 黃河\n" for i in range(500))
+    path = write(tmp_path / "a.txt.gz", gzip.compress(text.encode()))
+    documents = read(CorpusConfig(sources=[path], partition_bytes=1000))[0]
+    assert len(documents) > 5
+    assert "".join(documents) == text
+    assert all(document.endswith("\n") for document in documents)
 
 
 def test_invalid_utf8_is_reported_with_its_place_in_the_file(tmp_path: Path) -> None:
