@@ -18,7 +18,9 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[dev,bench]' >&2
 	$(BIN)/python -m tests.benchmarks.overview
+	$(BIN)/python -m tests.benchmarks.prepare
 
 clean:
 	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache

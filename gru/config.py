@@ -29,17 +29,41 @@ class Section(BaseModel):
 class CorpusConfig(Section):
     sources: list[str] = Field(
         min_length=1,
-        description="Files, directories, globs or URLs to read; `python-stdlib` is the Python source code "
-        "of the running interpreter's standard library.",
+        description="Files, directories, globs or URLs (https://, s3://) to read; `python-stdlib` is the Python source "
+        "code of the running interpreter's standard library.",
     )
-    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+    include: list[str] = Field(
+        [],
+        description="What to read of a directory, as in .gitignore (`*.c`, `src/**/*.py`), whatever its extension.",
+    )
+    exclude: list[str] = Field([], description="What to leave out of a directory or glob, as in .gitignore (`tests/`).")
+    format: Literal["auto", "text", "jsonl", "json", "csv", "parquet"] = Field(
         "auto",
-        description="How to read the sources; `auto` goes by extension (.txt, .jsonl, .parquet; .gz, .zst).",
+        description="How to read the sources; `auto` goes by extension (.txt, .jsonl, .json, .csv, .tsv, .parquet; "
+        "with .gz, .zst, .bz2 or .xz behind it).",
+    )
+    separator: str | None = Field(
+        None, min_length=1, description="What stands between the documents of a text file; none: the file is one."
     )
     template: str = Field(
         "{text}",
         min_length=1,
-        description="How a record of JSON Lines or Parquet becomes text; names its fields.",
+        description="How a record of JSON, CSV or Parquet becomes text; names its fields.",
+    )
+    on_bad: Literal["drop", "replace", "fail"] = Field(
+        "drop",
+        description="What to do with a document that is not valid UTF-8: leave it out, put U+FFFD in place of the "
+        "bytes, or stop. Broken records and files are left out unless it is `fail`. All is counted.",
+    )
+    normalization: Literal["none", "NFC", "NFKC"] = Field("none", description="Unicode normalization of documents.")
+    min_characters: Annotated[int, Field(ge=1)] = Field(1, description="Shorter documents are left out.")
+    max_characters: PositiveInt | None = Field(None, description="Longer documents are left out.")
+    deduplicate: Literal["none", "exact", "near"] = Field(
+        "exact",
+        description="Of equal documents in the whole corpus keep the first; `near`: of similar ones as well.",
+    )
+    near_similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.8, description="Jaccard similarity of the 5-character shingles from which documents are `near` duplicates."
     )
     heldout: Literal["hash", "tail"] = Field(
         "hash",
@@ -48,7 +72,7 @@ class CorpusConfig(Section):
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="Share of the corpus held out.")
     partition_bytes: PositiveInt = Field(
         32 << 20,
-        description="Bytes of input in one unit of work; a larger text or JSON Lines file is cut at line ends.",
+        description="Bytes of input in one unit of work; larger files are cut, but for compressed ones and .json.",
     )
     segment_tokens: PositiveInt = Field(65_536, description="Tokens in one Parquet row group, or a little more.")
 

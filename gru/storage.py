@@ -3,11 +3,15 @@
 A file written here is whole or absent: local ones are renamed into place, object stores do so themselves.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +70,21 @@ def write_bytes(path: str, data: bytes) -> None:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    temporary = target.with_name(_temporary_name(target.name))
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)
+
+
+def _temporary_name(name: str) -> str:
+    return f".{name}.{uuid.uuid4().hex}.tmp"
+
+
+def final_name(name: str) -> str:
+    """The name that a file which is being written will have; that of any other is its own."""
+    return re.sub(r"^\.(.+)\.[0-9a-f]{32}\.tmp$", r"\1", name)
 
 
 def read_json(path: str) -> Any:
@@ -104,3 +117,81 @@ def remove(path: str) -> None:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file. Raises OSError."""
+    with fsspec.open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+class NewFile:
+    """A file to write that appears at `path` when it is committed, whole; until then, and if it never is, it has
+    another name beside it. Counts its bytes and takes its SHA-256 on the way. Raises OSError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._filesystem, self._path = fsspec.core.url_to_fs(path)
+        folder, name = self._path.rsplit("/", 1)
+        self._temporary = f"{folder}/{_temporary_name(name)}"
+        self._filesystem.makedirs(folder, exist_ok=True)
+        self._local = is_local(path)
+        self._file = self._filesystem.open(self._temporary, "wb")
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+
+    @property
+    def digest(self) -> str:
+        return self._sha256.hexdigest()
+
+    def write(self, data: bytes) -> int:
+        self._sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def commit(self) -> None:
+        if self._local:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        self._filesystem.mv(self._temporary, self._path)
+
+    def abandon(self) -> None:
+        with suppress(OSError):
+            self._file.close()  # which writes what is left, and fails again if the disk is full
+        with suppress(OSError):
+            self._filesystem.rm(self._temporary)
+
+
+def move(path: str, target: str) -> None:
+    """Give a file another name; nothing happens if that is done already."""
+    filesystem, inner = fsspec.core.url_to_fs(path)
+    _, outer = fsspec.core.url_to_fs(target)
+    if filesystem.exists(inner) or not filesystem.exists(outer):
+        filesystem.mv(inner, outer)
+
+
+@contextmanager
+def room(path: str) -> Iterator[None]:
+    """Raises UserError instead of the OSError of a disk that is full, or takes nothing more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise UserError(
+            f"storage: cannot write {path}: {error.strerror}; what is finished stays: make room and run the same again"
+        ) from None

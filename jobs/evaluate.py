@@ -16,7 +16,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     if result := stage.result():
         return result
     from gru import evaluation, registry
-    from gru.corpus.shards import open_dataset
+    from gru.corpus.dataset import open_dataset
 
     started = time.monotonic()
     settings = config.evaluate

@@ -8,23 +8,32 @@ from gru import tracking
 from gru.config import PipelineConfig
 from jobs import entry, stages
 
+_EXAMPLES = 5  # places with something wrong that are shown
+
 
 def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     stage = stages.prepare(config, call.dataset)
     if result := stage.result():
         return result
-    from gru.corpus import shards
+    from gru.corpus.prepare import prepare
 
     entry.start_ray()
     started = time.monotonic()
-    manifest = shards.prepare(config.corpus, config.tokenizer, stage.directory, call.progress).manifest
+    manifest = prepare(config.corpus, config.tokenizer, stage.directory, call.progress).manifest
     counts = {
-        "documents": manifest.documents,
-        "bytes": manifest.bytes,
-        "tokens": manifest.tokens,
+        "documents": manifest.counts.documents,
+        "bytes": manifest.counts.bytes,
+        "tokens": manifest.counts.tokens,
+        "dropped": sum(manifest.dropped.values()),
         "vocabulary": manifest.vocab_size,
         "shards": len(manifest.shards),
     }
+    for example in manifest.examples[:_EXAMPLES]:
+        call.progress(example)
+    if manifest.dropped or manifest.replaced:
+        reasons = [f"{count:,} {reason}" for reason, count in manifest.dropped.items()]
+        reasons += [f"{manifest.replaced:,} with U+FFFD in place of invalid bytes"] if manifest.replaced else []
+        call.progress(f"left out: {', '.join(reasons)}" if manifest.dropped else ", ".join(reasons))
     result = {
         "stage": stage.name,
         "key": stage.key,

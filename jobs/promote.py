@@ -18,7 +18,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     if result := stage.result():
         return result
     from gru import evaluation, registry
-    from gru.corpus.shards import open_dataset
+    from gru.corpus.dataset import open_dataset
 
     def score_champion(champion: registry.Version) -> float:
         call.progress(f"scoring the present champion, version {champion.version}, on the same text")

@@ -90,7 +90,7 @@ def of(name: str, config: PipelineConfig, dataset: str, results: dict[str, Resul
 
 def prepare(config: PipelineConfig, directory: str | None = None) -> Stage:
     """The stage of the dataset in `directory`, or else of the sources as they are now."""
-    from gru.corpus.shards import dataset_key
+    from gru.corpus.prepare import dataset_key
 
     if directory is None:
         directory = storage.join(config.storage, "datasets", dataset_key(config.corpus, config.tokenizer))

@@ -15,7 +15,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     if result := stage.result():
         return result
     from gru import registry
-    from gru.corpus.shards import open_dataset
+    from gru.corpus.dataset import open_dataset
     from gru.training.trainer import train
 
     entry.start_ray()

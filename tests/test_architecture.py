@@ -11,7 +11,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ["gru", "jobs", "pipelines"]  # lower layers first
 PLAIN = [
     "gru/model",
+    "gru/corpus/dataset.py",
+    "gru/corpus/documents.py",
+    "gru/corpus/duplicates.py",
     "gru/corpus/lanes.py",
+    "gru/corpus/shards.py",
     "gru/corpus/sources.py",
     "gru/corpus/tokenizer.py",
     "gru/serving/engine.py",

@@ -7,7 +7,6 @@ knows of workers, files or Ray.
 Shapes: T time (tokens of a window), B lanes.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from gru.errors import UserError
+
+_BLOCK_TOKENS = 1024  # of each lane that are assembled together
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 Batch = tuple[Tokens, Tokens]
@@ -46,12 +47,15 @@ class LaneOrder:
     def begins_epoch(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0
 
-    def slices(self, step: int, lane: int) -> list[tuple[int, int, int]]:
-        """The (segment, start, stop) that make up the window, in order."""
+    def window_of(self, step: int) -> tuple[int, int, int]:
+        """(epoch, start, stop): which tokens of their stretches the lanes read."""
         epoch, index = divmod(step, self.steps_per_epoch)
+        return epoch, index * self.window, min((index + 1) * self.window, self.stretch)
+
+    def slices(self, epoch: int, lane: int, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """The (segment, start, stop) that tokens [start, stop) of the lane's stretch are made of, in order."""
         order, ends = self._epoch(epoch)
-        position = lane * self.stretch + index * self.window
-        stop = lane * self.stretch + min((index + 1) * self.window, self.stretch)
+        position, stop = lane * self.stretch + start, lane * self.stretch + stop
         slices = []
         place = int(np.searchsorted(ends, position, side="right"))
         while position < stop:
@@ -77,49 +81,56 @@ def _splitmix64(x: Tokens) -> Tokens:
 
 
 class LaneReader:
-    """Batches of some of the lanes, the next one read in the background while this one is worked on.
+    """Batches of some of the lanes, read in blocks of several steps, the next block while this one is worked on.
 
-    read_segment: index of a segment -> its tokens. lanes: those that this worker owns.
+    read_segment: index of a segment -> its tokens. lanes: those that this worker owns. Memory: two blocks, and a
+    segment for each lane.
     """
 
     def __init__(self, order: LaneOrder, read_segment: Callable[[int], Tokens], end_of_text: int, lanes: range) -> None:
         self._order, self._read, self._end_of_text, self._lanes = order, read_segment, end_of_text, lanes
-        self._segments: OrderedDict[int, Tokens] = OrderedDict()
-        # All reading happens in this one thread, so the cache needs no lock.
+        self._steps = max(1, _BLOCK_TOKENS // order.window)  # in a block; the last one of an epoch may have fewer
+        self._last: dict[int, tuple[int, Tokens]] = {}  # of each lane: the segment that it goes on in
+        # All reading happens in this one thread, so these need no lock.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lanes")
-        self._next: tuple[int, Future[Batch]] | None = None
+        self._blocks: dict[int, Future[Tokens]] = {}
 
     def batch(self, step: int) -> Batch:
         """(inputs_TB, targets_TB), int64: each input is the token that the lane read before its target.
 
         A stretch begins with end of text as its first input.
         """
-        if self._next is not None and self._next[0] == step:
-            future = self._next[1]
-        else:
-            future = self._thread.submit(self._assemble, step)
-        self._next = (step + 1, self._thread.submit(self._assemble, step + 1))
-        return future.result()
+        first, after = self._block_of(step)
+        wanted = {first, after}
+        for other in self._blocks.keys() - wanted:
+            self._blocks.pop(other).cancel()
+        for start in sorted(wanted - self._blocks.keys()):
+            self._blocks[start] = self._thread.submit(self._assemble, *self._block_of(start))
+        tokens_TB = self._blocks[first].result()
+        _, start, stop = self._order.window_of(step)
+        begin = (step - first) * self._order.window
+        end = begin + stop - start
+        return tokens_TB[begin:end], tokens_TB[begin + 1 : end + 1]
 
-    def _assemble(self, step: int) -> Batch:
-        columns = []
-        for lane in self._lanes:
-            pieces = [self._segment(i)[start:stop] for i, start, stop in self._order.slices(step, lane)]
-            before = self._end_of_text
-            if not self._order.begins_epoch(step):
-                segment, _, stop = self._order.slices(step - 1, lane)[-1]
-                before = self._segment(segment)[stop - 1]
-            columns.append(np.concatenate([[before], *pieces], dtype=np.int64))
-        tokens = np.stack(columns, axis=1)
-        return np.ascontiguousarray(tokens[:-1]), np.ascontiguousarray(tokens[1:])
+    def _block_of(self, step: int) -> tuple[int, int]:
+        """The first step of the block, and the one after its last."""
+        index = step % self._order.steps_per_epoch
+        epoch_start, block_start = step - index, index // self._steps * self._steps
+        return epoch_start + block_start, epoch_start + min(block_start + self._steps, self._order.steps_per_epoch)
 
-    def _segment(self, index: int) -> Tokens:
-        if index not in self._segments:
-            self._segments[index] = self._read(index)
-            if len(self._segments) > 2 * len(self._lanes):
-                self._segments.popitem(last=False)
-        self._segments.move_to_end(index)
-        return self._segments[index]
+    def _assemble(self, first: int, after: int) -> Tokens:
+        """Tokens [T + 1, lanes] of these steps, after the one that each lane read before them."""
+        epoch, start, _ = self._order.window_of(first)
+        _, _, stop = self._order.window_of(after - 1)
+        rows = np.full((len(self._lanes), stop - start + 1), self._end_of_text, dtype=np.int64)
+        for row, lane in zip(rows, self._lanes, strict=True):
+            place = 0 if start else 1
+            for segment, begin, end in self._order.slices(epoch, lane, max(start - 1, 0), stop):
+                if lane not in self._last or self._last[lane][0] != segment:
+                    self._last[lane] = segment, self._read(segment)
+                row[place : place + end - begin] = self._last[lane][1][begin:end]
+                place += end - begin
+        return np.ascontiguousarray(rows.T)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)

@@ -1,45 +1,46 @@
-"""Where text comes from: finds the input files, cuts them into partitions, yields their documents.
+"""Where text lies: finds the input files and cuts them into partitions.
 
-Files are read as bytes and decoded exactly; only a `\\n` ends a line. This module does not know what a
-token is, nor who works through the partitions.
+A file is cut at any byte; whoever reads a span moves its ends on to the next border of documents. This module does
+not know what is in the files, nor who works through the partitions.
 """
 
-import hashlib
-import io
-import json
 import math
 import os
 import re
-import string
-import sys
 import sysconfig
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pathspec
 
 from gru.config import BUILT_IN_SOURCES, CorpusConfig
 from gru.errors import UserError
 
-_KINDS = {".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+Kind = Literal["text", "jsonl", "json", "csv", "parquet"]
+
+_KINDS: dict[str, Kind] = {
+    **{".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"},
+    **{".csv": "csv", ".tsv": "csv", ".parquet": "parquet"},
+}
 # Text as well, but found beside a corpus as often as in one: read only if asked for.
-_ALSO_TEXT = dict.fromkeys(
-    [".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".rs", ".go"], "text"
+_ALSO_TEXT: dict[str, Kind] = dict.fromkeys(
+    [".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".rs", ".go"], "text"
 )
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_VERSION_KEYS = ("mtime", "ETag", "etag", "LastModified", "last_modified", "created")
+_COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
+_VERSION_KEYS = ("mtime", "ETag", "etag", "LastModified", "Last-Modified", "last_modified", "created")
 _STDLIB_SKIPPED = {
     *("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "idle_test", "lib2to3"),
     *("encodings", "pydoc_data", "turtledemo", "ensurepip", "lib-dynload"),
 }  # fmt: skip
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _CHUNK = 1 << 16
+
+Mapper = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,50 @@ class SourceFile:
     path: str  # absolute, or a URL
     size: int
     modified: str  # whatever names this version of the file: its time of change or ETag
-    kind: Literal["text", "jsonl", "parquet"]
-    compressed: bool
+    kind: Kind
+    compression: str  # ".gz", ".zst", ".bz2", ".xz" or none
     name: str  # what a dataset's rows call it: its path below the source it was found by
+    seekable: bool = True  # false: the server sends it from the beginning only
 
     @property
     def divisible(self) -> bool:
-        return self.kind != "parquet" and not self.compressed
+        return self.kind != "json" and not self.compression and self.seekable
+
+    def open(self) -> IO[bytes]:
+        """Raises OSError."""
+        if "://" not in self.path:
+            return open(self.path, "rb")  # noqa: PTH123  (a Path would take longer than the opening)
+        options = {} if self.seekable else {"block_size": 0}
+        return fsspec.open(self.path, "rb", **options).open()
+
+    def changed(self, file: IO[bytes]) -> bool:
+        """Whether the file, which is open, is no more the one that was listed."""
+        if "://" not in self.path:
+            stat = os.fstat(file.fileno())
+            return (stat.st_size, str(stat.st_mtime)) != (self.size, self.modified)
+        filesystem, path = fsspec.core.url_to_fs(self.path)
+        filesystem.invalidate_cache()
+        info = filesystem.info(path)
+        return (info["size"], _version(info)) != (self.size, self.modified)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes [start, end) of a file; where it is cut, both ends move on to behind the next `\\n`."""
+    """Bytes [start, end) of a file; where it is cut, both ends move on to the next border of documents."""
 
     file: SourceFile
     start: int
     end: int
     heldout: bool | None  # None: each document's hash decides
+    quoted: tuple[bool, bool] = (False, False)  # CSV: whether the start and the end are inside of quotes
 
     @property
     def whole(self) -> bool:
         return self.start == 0 and self.end == self.file.size
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
 
 
 Partition = tuple[Span, ...]
@@ -80,63 +104,126 @@ def list_files(corpus: CorpusConfig) -> list[SourceFile]:
     """
     found: dict[str, SourceFile] = {}
     for source in corpus.sources:
-        files = _standard_library() if source in BUILT_IN_SOURCES else _find(source, corpus.format)
+        files = _standard_library() if source in BUILT_IN_SOURCES else _find(source, corpus)
         for file in files:
             found.setdefault(file.path, file)
     return list(found.values())
 
 
-def _find(source: str, format: str) -> list[SourceFile]:
+def _find(source: str, corpus: CorpusConfig) -> list[SourceFile]:
     url = source if "://" in source else str(Path(source).expanduser().absolute())
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-        if filesystem.isfile(path):
-            entries, root, explicit = {path: filesystem.info(path)}, str(PurePosixPath(path).parent), True
+        filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+        # A web server knows no directories, and a query may look like a glob.
+        if url.startswith(("http://", "https://")) or filesystem.isfile(path):
+            entries, root, named = {path: filesystem.info(path)}, str(PurePosixPath(path).parent), True
         elif filesystem.isdir(path):
-            entries, root, explicit = filesystem.find(path, detail=True), path, False
+            entries, root, named = filesystem.find(path, detail=True), path, False
         else:
-            matches = filesystem.glob(path, detail=True) if re.search(r"[*?[]", path) else {}
-            entries = {name: info for name, info in matches.items() if info["type"] == "file"}
-            root, explicit = re.split(r"[^/]*[*?[]", path, maxsplit=1)[0], True
-    except (ImportError, ValueError, OSError) as error:
+            entries = filesystem.glob(path, detail=True) if re.search(r"[*?[]", path) else {}
+            root, named = re.split(r"[^/]*[*?[]", path, maxsplit=1)[0], True
+        entries = {name: info for name, info in entries.items() if _is_file(name, info)}
+        if named and not entries:
+            raise UserError(f"corpus.sources: no such file: {source}")
+        labels = {name: name.removeprefix(root).lstrip("/") for name in sorted(entries)}
+        if not named:
+            labels = {name: label for name, label in labels.items() if not _hidden(label)}
+        labels = _select(labels, corpus, named)
+        explicit = named or bool(corpus.include)
+        files = [
+            file
+            for name, label in labels.items()
+            if (file := _source_file(filesystem, url, name, label, entries[name], corpus.format, explicit))
+        ]
+    except FileNotFoundError:
+        raise UserError(f"corpus.sources: no such file: {source}") from None
+    except Exception as error:  # each file system has its own
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"corpus.sources: cannot read {source}: {error}") from None
-    if explicit and not entries:
-        raise UserError(f"corpus.sources: no such file: {source}")
-    files = []
-    for name in sorted(entries):
-        kind, compressed = _kind(name, format, explicit)
-        label = name.removeprefix(root).lstrip("/")
-        if kind is None and explicit:
-            raise UserError(
-                f"corpus.sources: {name}: its name does not tell the format: "
-                "set corpus.format to text, jsonl or parquet"
-            )
-        if kind is None or (not explicit and any(part.startswith(".") for part in label.split("/"))):
-            continue
-        info = entries[name]
-        if info.get("size") is None:
-            raise UserError(f"corpus.sources: {name}: its size is unknown; copy it to a disk or bucket first")
-        version = str(next((info[key] for key in _VERSION_KEYS if info.get(key)), ""))
-        full = filesystem.unstrip_protocol(name) if "://" in url else name
-        files.append(SourceFile(full, info["size"], version, kind, compressed, label))
     if not files:
+        kept = " after corpus.include and corpus.exclude" if corpus.include or corpus.exclude else ""
         raise UserError(
-            f"corpus.sources: nothing to read in {source}: files are known by {', '.join(_KINDS)} "
-            "(.gz, .zst); others must be named or matched by a glob"
+            f"corpus.sources: nothing to read in {source}{kept}: files are known by {', '.join(_KINDS)} "
+            f"({', '.join(_COMPRESSION)}); others must be named, included or matched by a glob"
         )
     return files
 
 
-def _kind(name: str, format: str, explicit: bool) -> tuple[Any, bool]:
-    """(kind or None, compressed) of a file; one that is named has the format set, whatever its extension."""
-    suffixes = PurePosixPath(name).suffixes
-    compressed = bool(suffixes) and suffixes[-1].lower() in _COMPRESSION
-    extension = (suffixes[-2:-1] if compressed else suffixes[-1:]) or [""]
+def _is_file(name: str, info: dict[str, Any]) -> bool:
+    """Links to files are followed; those to directories are not, so that nothing is read twice or for ever."""
+    return info["type"] == "file" or (info.get("islink", False) and Path(name).is_file())
+
+
+def _hidden(label: str) -> bool:
+    return any(part.startswith(".") for part in label.split("/"))
+
+
+def _select(labels: dict[str, str], corpus: CorpusConfig, named: bool) -> dict[str, str]:
+    def matches(key: str, patterns: list[str]) -> set[str]:
+        try:
+            return set(pathspec.GitIgnoreSpec.from_lines(patterns).match_files(labels.values()))
+        except ValueError as error:
+            raise UserError(f"corpus.{key} = {patterns}: {error}") from None
+
+    included = matches("include", corpus.include) if corpus.include and not named else set(labels.values())
+    excluded = matches("exclude", corpus.exclude) if corpus.exclude else set()
+    chosen = included - excluded
+    return {name: label for name, label in labels.items() if label in chosen}
+
+
+def _source_file(
+    filesystem: Any, url: str, name: str, label: str, info: dict[str, Any], format: str, explicit: bool
+) -> SourceFile | None:
+    web = url.startswith(("http://", "https://"))
+    kind, compression = _kind(name.split("?")[0] if web else name, format, explicit)
+    if kind is None and explicit:
+        raise UserError(
+            f"corpus.sources: {name}: its name does not tell the format: set corpus.format to one of "
+            f"{', '.join(dict.fromkeys(_KINDS.values()))}"
+        )
+    if kind is None:
+        return None
+    if not _is_unicode(name):
+        shown = os.fsencode(name).decode(errors="replace")
+        raise UserError(
+            f"corpus.sources: {shown}: its name is not valid UTF-8: rename it, or name it in corpus.exclude"
+        )
+    if info.get("size") is None:
+        raise UserError(f"corpus.sources: {name}: its size is unknown; copy it to a disk or bucket first")
+    if "://" not in url:
+        stat = Path(name).stat()  # of what a link points to
+        return SourceFile(name, stat.st_size, str(stat.st_mtime), kind, compression, label)
+    seekable = True
+    if web:
+        with filesystem.open(name, block_size=0, headers={"Range": "bytes=0-0"}) as file:
+            seekable = file.r.status == 206
+    path = filesystem.unstrip_protocol(name)
+    return SourceFile(path, info["size"], _version(info), kind, compression, label, seekable)
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _version(info: dict[str, Any]) -> str:
+    version = next((info[key] for key in _VERSION_KEYS if info.get(key)), "")
+    return str(version.timestamp() if isinstance(version, datetime) else version)  # one of many, or of one file
+
+
+def _kind(name: str, format: str, explicit: bool) -> tuple[Any, str]:
+    """(kind or None, compression) of a file; one that is named has the format set, whatever its extension."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    compression = suffixes[-1] if suffixes and suffixes[-1] in _COMPRESSION else ""
+    extension = (suffixes[-2:-1] if compression else suffixes[-1:]) or [""]
     kinds = _KINDS if format == "auto" and not explicit else _KINDS | _ALSO_TEXT
-    kind = kinds.get(extension[0].lower())
+    kind = kinds.get(extension[0])
     if format == "auto":
-        return kind, compressed
-    return (format if explicit or kind == format else None), compressed
+        return kind, compression
+    return (format if explicit or kind == format else None), compression
 
 
 def _standard_library() -> list[SourceFile]:
@@ -148,24 +235,35 @@ def _standard_library() -> list[SourceFile]:
     if not paths:
         raise UserError(f"corpus.sources: python-stdlib: this interpreter has no Python source code in {root}")
     stats = [(path, path.relative_to(root).as_posix(), path.stat()) for path in sorted(paths)]
-    return [SourceFile(str(p), s.st_size, str(s.st_mtime), "text", False, name) for p, name, s in stats]
+    return [SourceFile(str(p), s.st_size, str(s.st_mtime), "text", "", name) for p, name, s in stats]
 
 
-def plan(files: list[SourceFile], corpus: CorpusConfig) -> list[Partition]:
+def plan(files: list[SourceFile], corpus: CorpusConfig, mapper: Mapper = map) -> list[Partition]:
     """Group the files, in order, into partitions of about `partition_bytes`, cutting those that are larger.
 
+    mapper: a `map` that may work in parallel, for the quotes of large CSV files, which are counted once.
     Raises UserError if the corpus has a held-out tail but cannot be cut into two.
     """
     groups: list[list[Span]] = []
     room = 0
-    for span in _spans(files, corpus):
-        size = span.end - span.start
-        if not groups or size > room:
+    for span in _with_quotes(list(_spans(files, corpus)), mapper):
+        if not groups or span.size > room:
             groups.append([])
             room = corpus.partition_bytes
         groups[-1].append(span)
-        room -= size
+        room -= span.size
     return [tuple(group) for group in groups]
+
+
+def describe(partitions: list[Partition]) -> str:
+    """The plan in one line: files, bytes, partitions, and which files are too large for how they can be cut."""
+    files = {span.file.path: span.file for partition in partitions for span in partition}
+    whole = [file for file in files.values() if not file.divisible]
+    size = sum(file.size for file in files.values())
+    text = f"{len(files):,} files, {size / 1e6:,.1f} MB, {len(partitions):,} partitions"
+    if whole:
+        text += f"; {len(whole):,} of the files cannot be cut (compressed, .json, or sent from the beginning only)"
+    return text
 
 
 def _spans(files: list[SourceFile], corpus: CorpusConfig) -> Iterator[Span]:
@@ -198,149 +296,83 @@ def _cut(file: SourceFile, start: int, end: int, heldout: bool | None, size: int
         yield Span(file, left, right, heldout)
 
 
-def document_hash(text: bytes) -> int:
-    """The 64-bit name of a document."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+def cut_finer(span: Span, size: int) -> list[Span]:
+    """The span in pieces of about `size` bytes, where that takes no look into the file."""
+    return [span] if span.file.kind == "csv" else list(_cut(span.file, span.start, span.end, span.heldout, size))
 
 
-def is_heldout(span: Span, document: int, corpus: CorpusConfig) -> bool:
-    return document / 2**64 < corpus.heldout_share if span.heldout is None else span.heldout
+def _with_quotes(spans: list[Span], mapper: Mapper) -> Iterator[Span]:
+    """Tell the spans of a CSV file that is cut whether their ends are inside of quotes: an odd number before them."""
+    cut = [span for span in spans if span.file.kind == "csv" and not span.whole]
+    counts = iter(mapper(_count_quotes, cut))
+    inside: dict[str, bool] = {}
+    for span in spans:
+        if span.file.kind == "csv" and not span.whole:
+            start = inside.get(span.file.path, False)
+            inside[span.file.path] = start ^ bool(next(counts) % 2)
+            span = Span(span.file, span.start, span.end, span.heldout, (start, inside[span.file.path]))
+        yield span
 
 
-def span_digest(span: Span) -> bytes:
-    """SHA-256 of the bytes between the span's real ends."""
-    digest = hashlib.sha256()
-    with fsspec.open(span.file.path, "rb") as file:
-        start, end = _border(file, span.start, span.file.size), _border(file, span.end, span.file.size)
-        file.seek(start)
-        left = end - start
-        while left and (chunk := file.read(min(left, 1 << 20))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.digest()
+def _count_quotes(span: Span) -> int:
+    with span.file.open() as file:
+        file.seek(span.start)
+        blocks = iter(partial(file.read, 1 << 20), b"")
+        count, left = 0, span.size
+        while left > 0 and (block := next(blocks, b"")):
+            count += block[:left].count(b'"')
+            left -= len(block)
+        return count
 
 
-def _border(file: IO[bytes], position: int, size: int) -> int:
-    """Behind the first `\\n` at or after `position`; the two ends of a file stay where they are."""
-    if position in (0, size):
-        return position
-    file.seek(position)
-    while chunk := file.read(_CHUNK):
-        found = chunk.find(b"\n")
-        if found >= 0:
-            return position + found + 1
-        position += len(chunk)
-    return size
+def borders(file: IO[bytes], span: Span, separator: bytes = b"\n") -> tuple[int, int]:
+    """Where the span really starts and ends in the file: behind the first separator that ends after its own ends.
 
-
-def documents(span: Span, corpus: CorpusConfig, dropped: Counter[str]) -> Iterator[tuple[str, str]]:
-    """Yield (source name, text) of each document; count in `dropped` what is left out, by reason.
-
-    A text file, or a span of one, is one document; a compressed one is cut as if it were not. A line of JSON
-    Lines or a row of Parquet is another.
-    Raises UserError naming the file, and the place in it, if it cannot be read.
+    The two ends of the file stay. In CSV a separator in quotes is none; in Parquet the span's row groups are those
+    that start in it.
     """
-    try:
-        with fsspec.open(span.file.path, "rb") as file:
-            for text in _texts(file, span, corpus, dropped):
-                if text:
-                    yield span.file.name, text
-                else:
-                    dropped["empty"] += 1
-    except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{span.file.path}: cannot be read: {reason}") from None
-
-
-def _texts(file: IO[bytes], span: Span, corpus: CorpusConfig, dropped: Counter[str]) -> Iterator[str]:
-    start, end = _border(file, span.start, span.file.size), _border(file, span.end, span.file.size)
-    file.seek(start)
-    if span.file.compressed:
-        codec = _COMPRESSION[PurePosixPath(span.file.path).suffix.lower()]
-        # pyarrow's stream reads all the frames of a file, and complains of one that is truncated.
-        file, end = (
-            cast(IO[bytes], io.BufferedReader(pa.CompressedInputStream(file, codec), 1 << 20)),
-            sys.maxsize,
-        )
     if span.file.kind == "parquet":
-        whole = io.BytesIO(file.read()) if span.file.compressed else file  # Parquet is read from its end
-        yield from _fill(corpus.template, _rows(whole, span, corpus.template), span, dropped)
-    elif span.file.kind == "jsonl":
-        yield from _fill(corpus.template, _lines(file, start, end, span), span, dropped)
-    elif span.file.compressed:  # cut while it is read, so that it need not fit in memory
-        while (data := file.read(corpus.partition_bytes) + file.readline()) or start == 0:
-            yield _decode(data, start, span)
-            start += max(1, len(data))
-    elif (data := file.read(end - start)) or span.whole:
-        yield _decode(data, start, span)
+        return span.start, span.end
+    quoted = span.quoted if span.file.kind == "csv" else (None, None)
+    start, end = (
+        position if position in (0, span.file.size) else _next_border(file, position, separator, inside)
+        for position, inside in zip((span.start, span.end), quoted, strict=True)
+    )
+    return start, end
 
 
-def _decode(data: bytes, start: int, span: Span) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        where = " of the decompressed text" if span.file.compressed else ""
-        raise UserError(f"{span.file.path}: not valid UTF-8 at byte {start + error.start}{where}") from None
+def _next_border(file: IO[bytes], position: int, separator: bytes, quoted: bool | None) -> int:
+    """quoted: whether `position` is in quotes; None where quotes mean nothing. Without a border: the file's end."""
+    limit = position
+    position = _apart(file, max(0, position - len(separator) + 1), separator)
+    file.seek(position)
+    data = b""
+    while chunk := file.read(_CHUNK):
+        data += chunk
+        done = 0
+        while (found := data.find(separator, done)) >= 0:
+            if quoted is not None:
+                quoted ^= data.count(b'"', done, found) % 2 == 1
+            done = found + len(separator)
+            if not quoted and position + done > limit:
+                return position + done
+        keep = max(done, len(data) - len(separator) + 1)
+        if quoted is not None:
+            quoted ^= data.count(b'"', done, keep) % 2 == 1
+        position, data = position + keep, data[keep:]
+    return position + len(data)
 
 
-def _lines(file: IO[bytes], start: int, end: int, span: Span) -> Iterator[dict[str, Any]]:
-    while start < end and (line := file.readline()):
-        text = _decode(line, start, span)
-        if not text.isspace():
-            try:
-                record = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = f"not valid JSON: {getattr(error, 'msg', 'nested too deeply')}"
-                raise UserError(f"{span.file.path}: the line at byte {start} is {reason}") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{span.file.path}: the line at byte {start} is not a JSON object")
-            yield record
-        start += len(line)
-
-
-def _rows(file: IO[bytes], span: Span, template: str) -> Iterator[dict[str, Any]]:
-    table = pq.ParquetFile(file)
-    columns = sorted({field for _, field in _parse(template) if field is not None})
-    if missing := set(columns) - set(table.schema_arrow.names):
-        raise UserError(f"{span.file.path}: has no column {min(missing)!r}, which corpus.template names")
-    for batch in table.iter_batches(batch_size=1024, columns=columns):
-        yield from batch.to_pylist()
-
-
-def _parse(template: str) -> list[tuple[str, str | None]]:
-    """The template as pairs of literal text and the name of the field after it, if any."""
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise UserError(f"corpus.template: {error}; a brace itself is written {{{{ or }}}}") from None
-    if any(spec or conversion for _, _, spec, conversion in parts) or not any(field for _, field, _, _ in parts):
-        raise UserError(
-            f"corpus.template = {template!r}: expected names of fields in braces, as in '{{title}}: {{text}}'"
-        )
-    return [(literal, field) for literal, field, _, _ in parts]
-
-
-def _fill(template: str, records: Iterable[dict[str, Any]], span: Span, dropped: Counter[str]) -> Iterator[str]:
-    parts = _parse(template)
-    for record in records:
-        values = [record.get(field) for _, field in parts if field is not None]
-        if None in values:
-            dropped["missing_field"] += 1
-            continue
-        text = "".join(
-            literal + (_plain(record[field], field, span) if field is not None else "") for literal, field in parts
-        )
-        # JSON can escape half of a surrogate pair, which no UTF-8 file can hold.
-        if not text.isascii() and _SURROGATE.search(text):
-            raise UserError(f"{span.file.path}: a record has a lone surrogate (\\ud800 to \\udfff): {text[:40]!r}")
-        yield text
-
-
-def _plain(value: Any, field: str, span: Span) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return "\n".join(value)
-    if isinstance(value, int | float):
-        return str(value)
-    raise UserError(f"{span.file.path}: field {field!r} is {type(value).__name__}, not a string or a list of strings")
+def _apart(file: IO[bytes], position: int, separator: bytes) -> int:
+    """`position`, or one before it into which no separator reaches: from there separators that overlap, such as
+    empty lines, are told apart as from the beginning of the file.
+    """
+    reach = len(separator) - 1
+    while position and reach:
+        start = max(0, position - reach)
+        file.seek(start)
+        found = file.read(position - start + reach).find(separator)
+        if found < 0:
+            break
+        position = start + found
+    return position

@@ -23,9 +23,11 @@ from gru.config import TokenizerConfig
 from gru.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")  # of tokenizers made elsewhere
 
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
-_Encoder = Callable[[list[str]], list[Ids]]
+Ends = np.ndarray[Any, np.dtype[np.int64]]
+_Encoder = Callable[[list[str], bool], tuple[Ids, Ends]]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SEPARATOR = b"\xff"  # occurs in no UTF-8 text
 # Where BPE libraries come to differ: spaces, contractions, digits, scripts, controls, false special tokens.
@@ -51,9 +53,10 @@ class Tokenizer:
             if isinstance(error, UserError):
                 raise
             raise UserError("not a tokenizer.json of byte-level BPE, characters or bytes") from None
-        if END_OF_TEXT not in added:
+        ends = [added[name] for name in (END_OF_TEXT, *_OTHER_ENDS) if name in added]
+        if not ends:
             raise UserError(f"has no {END_OF_TEXT} token, which is what ends a document")
-        self.end_of_text: int = added[END_OF_TEXT]
+        self.end_of_text: int = ends[0]
         self.vocab_size = max([*vocab.values(), *added.values()]) + 1
         self.token_bytes = [b""] * self.vocab_size
         for token, index in vocab.items():
@@ -75,11 +78,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> Ids:
         """Token ids [tokens] of a text, without end of text."""
-        return self.encode_documents([text])[0]
+        return self.encode_batch([text])[0]
 
-    def encode_documents(self, texts: list[str]) -> list[Ids]:
-        """`encode` of each text, faster for many at once."""
-        return self._encoder[1](texts)
+    def encode_batch(self, texts: list[str], parallel: bool = False) -> tuple[Ids, Ends]:
+        """Token ids [tokens] of many texts end to end, and where each one ends [texts].
+
+        parallel: with all of the processor's cores, where the library can.
+        """
+        return self._encoder[1](texts, parallel)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
@@ -97,7 +103,7 @@ class Tokenizer:
         slow = _tokenizers_encoder(plain)
         try:
             fast = _gigatoken_encoder(plain)
-            if np.array_equal(fast([_PROBE])[0], slow([_PROBE])[0]):
+            if np.array_equal(fast([_PROBE], False)[0], slow([_PROBE], False)[0]):
                 return "gigatoken", fast
             reason = "its ids differ"
         except Exception as error:  # whatever it stumbles on, the other library does the work
@@ -113,7 +119,7 @@ class Tokenizer:
             if index not in bytes_and_gaps:
                 table[ord(piece.decode())] = index
 
-        def encode(texts: list[str]) -> list[Ids]:
+        def encode(texts: list[str], parallel: bool) -> tuple[Ids, Ends]:
             codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
             ids = table[codes]
             widths = np.ones(len(ids), dtype=np.int64)
@@ -124,9 +130,8 @@ class Tokenizer:
                 utf8 = codes.tobytes().decode("utf-32-le").encode()
                 ids = np.repeat(ids, widths)
                 ids[ids < 0] = byte_ids[np.frombuffer(utf8, dtype=np.uint8)]
-            borders = np.cumsum([len(text) for text in texts[:-1]], dtype=np.int64)
-            ends = np.concatenate([[0], np.cumsum(widths)])[borders]
-            return np.split(ids.astype(np.uint32), ends)[: len(texts)]
+            borders = np.cumsum([len(text) for text in texts], dtype=np.int64)
+            return ids.astype(np.uint32), np.concatenate([[0], np.cumsum(widths)])[borders]
 
         return encode
 
@@ -165,7 +170,12 @@ def _tokenizers_encoder(plain: str) -> _Encoder:
     import tokenizers
 
     library = tokenizers.Tokenizer.from_str(plain)
-    return lambda texts: [np.array(e.ids, dtype=np.uint32) for e in library.encode_batch_fast(texts)]
+
+    def encode(texts: list[str], parallel: bool) -> tuple[Ids, Ends]:
+        ids = [np.array(encoding.ids, dtype=np.uint32) for encoding in library.encode_batch_fast(texts)]
+        return np.concatenate([np.zeros(0, np.uint32), *ids]), np.cumsum([len(part) for part in ids], dtype=np.int64)
+
+    return encode
 
 
 def _gigatoken_encoder(plain: str) -> _Encoder:
@@ -173,11 +183,9 @@ def _gigatoken_encoder(plain: str) -> _Encoder:
 
     library = gigatoken.Tokenizer.from_json(plain)
 
-    def encode(texts: list[str]) -> list[Ids]:
-        if not texts:
-            return []
-        layout: Any = library.encode_batch(texts, parallel=False).layout
-        return np.split(layout.content.data, layout.offsets.data[1:-1])
+    def encode(texts: list[str], parallel: bool) -> tuple[Ids, Ends]:
+        layout: Any = library.encode_batch(texts, parallel=parallel).layout
+        return layout.content.data, layout.offsets.data[1:]
 
     return encode
 
@@ -185,11 +193,27 @@ def _gigatoken_encoder(plain: str) -> _Encoder:
 def load(path: str) -> Tokenizer:
     """Read a tokenizer.json from a path or URL. Raises UserError if it cannot be used."""
     try:
-        return Tokenizer(storage.read_bytes(path))
+        return Tokenizer(_with_end_of_text(storage.read_bytes(path)))
     except OSError as error:
         raise UserError(f"{path}: cannot read the tokenizer: {error.strerror or error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _with_end_of_text(json_bytes: bytes) -> bytes:
+    """The same, or with one more token if none of it ends a document."""
+    try:
+        config = json.loads(json_bytes)
+        ids = [token["id"] for token in config["added_tokens"]]
+        names = {token["content"] for token in config["added_tokens"]}
+        if not names.isdisjoint({END_OF_TEXT, *_OTHER_ENDS}):
+            return json_bytes
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token = {"id": max([*ids, *config["model"]["vocab"].values()]) + 1, "content": END_OF_TEXT}
+        added = [*config["added_tokens"], token | flags | {"special": True}]
+        return json.dumps(config | {"added_tokens": added}).encode()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return json_bytes  # no tokenizer.json at all, which will be said
 
 
 def train(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:

@@ -21,8 +21,8 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from gru import storage, tracking
 from gru.config import ModelConfig, TrainConfig
+from gru.corpus.dataset import Dataset, open_dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
-from gru.corpus.shards import Dataset, open_dataset
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
 

@@ -15,8 +15,8 @@ from ray.train.v2.api.config import FailureConfig
 
 from gru import storage
 from gru.config import ModelConfig, TrainConfig
+from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import LaneOrder
-from gru.corpus.shards import Dataset
 from gru.errors import UserError, find_user_error
 from gru.training import checkpoint as checkpoints
 from gru.training import loop

@@ -4,13 +4,13 @@ python -m tests.benchmarks.overview
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable
 
 import torch
 
 from gru.config import CorpusConfig, ModelConfig, TokenizerConfig
 from gru.corpus import sources
+from gru.corpus.documents import Report, documents
 from gru.corpus.tokenizer import Tokenizer, train
 from gru.model.language_model import GRULanguageModel
 from gru.serving.engine import Engine, Finish
@@ -33,11 +33,11 @@ def rate(amount: float, work: Callable[[], object], repeats: int = 3) -> float:
 def encoding() -> None:
     corpus = CorpusConfig(sources=["python-stdlib"])
     [partition] = sources.plan(sources.list_files(corpus), corpus)
-    texts = [text for span in partition for _, text in sources.documents(span, corpus, Counter())]
+    texts = [text for span in partition for text in documents(span, corpus, Report())]
     tokenizer = train(TokenizerConfig(kind="bpe", vocab_size=4096), texts)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer.encode("")  # loads
-    ours = rate(megabytes, lambda: tokenizer.encode_documents(texts), repeats=1)  # once: both remember words
+    ours = rate(megabytes, lambda: tokenizer.encode_batch(texts), repeats=1)  # once: both remember words
     reference = reference_encoder(tokenizer)
     theirs = rate(megabytes, lambda: reference(texts), repeats=1)
     show("encoding, MB/s", f"{tokenizer.backend}", ours, "tokenizers", theirs)
@@ -73,9 +73,9 @@ def streams() -> None:
     show("generation, tokens/s", f"{STREAMS} streams", many, "1 stream", one)
 
 
-def show(what: str, first: str, first_rate: float, second: str, second_rate: float) -> None:
+def show(what: str, first: str, first_rate: float, second: str, second_rate: float, digits: int = 1) -> None:
     print(
-        f"{what:22} {first} {first_rate:,.0f}, {second} {second_rate:,.0f}: {first_rate / second_rate:.1f} x",
+        f"{what:28} {first} {first_rate:,.1f}, {second} {second_rate:,.1f}: {first_rate / second_rate:.{digits}f} x",
         flush=True,
     )
 

@@ -21,8 +21,8 @@ import psutil
 import pytest
 import torch
 
+from gru.corpus.dataset import open_dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
-from gru.corpus.shards import open_dataset
 from gru.registry import load_bundle
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner

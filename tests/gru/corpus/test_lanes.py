@@ -73,7 +73,7 @@ def test_random_access_and_any_split_of_the_lanes_give_the_same() -> None:
 def test_order_depends_on_the_seed_and_is_the_same_for_ever() -> None:
     def first(seed: int) -> list[int]:
         order = LaneOrder([1] * 8, seed=seed, lanes=1, window=8)
-        return [segment for segment, _, _ in order.slices(0, 0)]
+        return [segment for segment, _, _ in order.slices(0, 0, 0, 8)]
 
     assert first(0) != first(1)
     # Written down: a change of these numbers changes what a resumed run reads.
@@ -81,7 +81,7 @@ def test_order_depends_on_the_seed_and_is_the_same_for_ever() -> None:
 
 
 def test_segments_are_kept_no_longer_than_needed() -> None:
-    segments, reads = make(200), Counter[int]()
+    segments, reads = [np.arange(5000)] * 40, Counter[int]()
 
     def read(index: int) -> np.ndarray:
         reads[index] += 1
@@ -89,10 +89,10 @@ def test_segments_are_kept_no_longer_than_needed() -> None:
 
     order = LaneOrder([len(s) for s in segments], seed=0, lanes=4, window=8)
     with LaneReader(order, read, END, range(4)) as r:
-        for step in range(order.steps_per_epoch - 1):
+        for step in range(order.steps_per_epoch - 300):  # before it reads ahead into the next epoch
             r.batch(step)
-        assert len(r._segments) <= 8
-    assert max(reads.values()) <= 2
+        assert len(r._last) <= 4
+    assert max(reads.values()) <= 2  # twice if two lanes have a part of it
 
 
 def test_a_failed_read_is_reported_when_its_batch_is_asked_for() -> None:

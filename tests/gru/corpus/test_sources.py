@@ -1,189 +1,31 @@
+import functools
 import gzip
-import io
-import json
-import random
-from collections import Counter
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from gru.config import CorpusConfig
 from gru.corpus import sources
+from gru.corpus.documents import Report, documents, is_heldout
 from gru.errors import UserError
+from tests.gru.corpus.reading import read, spans, texts, write
 
 
-def read(corpus: CorpusConfig) -> tuple[list[str], Counter[str]]:
-    dropped: Counter[str] = Counter()
-    spans = [span for partition in sources.plan(sources.list_files(corpus), corpus) for span in partition]
-    return [text for span in spans for _, text in sources.documents(span, corpus, dropped)], dropped
-
-
-def write(path: Path, data: bytes) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return str(path)
-
-
-AWKWARD = "one\r\ntwo\u2028still two\x0cand\n\n\n😀 emoji\n黃河入海流\r\n\u2029x\ry\nno end of line"
-
-
-@pytest.mark.parametrize("size", range(1, len(AWKWARD.encode()) + 2))
-def test_ranges_of_text_join_to_the_file_for_every_cut(tmp_path: Path, size: int) -> None:
-    path = write(tmp_path / "a.txt", AWKWARD.encode())
-    texts, dropped = read(CorpusConfig(sources=[path], partition_bytes=size))
-    assert "".join(texts) == AWKWARD and not dropped
-    assert all(text.endswith("\n") for text in texts[:-1])
-
-
-def test_ranges_of_random_lines_join_to_the_file(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    for trial in range(30):
-        text = "".join(rng.choices("a\n\r\u2028é黃😀", k=rng.randrange(1, 300)))
-        path = write(tmp_path / f"{trial}.txt", text.encode())
-        for _ in range(10):
-            corpus = CorpusConfig(sources=[path], partition_bytes=rng.randrange(1, 400))
-            assert "".join(read(corpus)[0]) == text
-
-
-def test_ranges_of_json_lines_have_every_record_once(tmp_path: Path) -> None:
-    records = [{"text": f"{i} \u2028 黃😀"} for i in range(40)]
-    data = "\r\n".join(json.dumps(r, ensure_ascii=i % 2 == 0) for i, r in enumerate(records)).encode()
-    path = write(tmp_path / "a.jsonl", data)
-    for size in [1, 7, 64, 100, 1000, 10**6]:
-        texts, _ = read(CorpusConfig(sources=[path], partition_bytes=size))
-        assert texts == [record["text"] for record in records]
-
-
-def test_span_digest_of_a_whole_file_is_its_sha256_and_the_ranges_cover_it(tmp_path: Path) -> None:
-    import hashlib
-
-    path = write(tmp_path / "a.txt", AWKWARD.encode())
-    corpus = CorpusConfig(sources=[path])
-    ((span,),) = sources.plan(sources.list_files(corpus), corpus)
-    assert sources.span_digest(span) == hashlib.sha256(AWKWARD.encode()).digest()
-    corpus = CorpusConfig(sources=[path], partition_bytes=20)
-    texts = read(corpus)[0]
-    spans = [s for p in sources.plan(sources.list_files(corpus), corpus) for s in p]
-    digests = [sources.span_digest(s) for s in spans if [*sources.documents(s, corpus, Counter())]]
-    assert digests == [hashlib.sha256(text.encode()).digest() for text in texts]
-
-
-def test_small_files_share_partitions_in_order(tmp_path: Path) -> None:
-    for i in range(100):
-        write(tmp_path / f"{i:03}.txt", b"x" * 10)
-    corpus = CorpusConfig(sources=[str(tmp_path)], partition_bytes=100)
-    partitions = sources.plan(sources.list_files(corpus), corpus)
-    assert [len(p) for p in partitions] == [10] * 10
-    assert [s.file.name for p in partitions for s in p] == [f"{i:03}.txt" for i in range(100)]
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_compressed_files_of_several_frames_are_read_whole(tmp_path: Path, suffix: str) -> None:
-    def pack(data: bytes) -> bytes:
-        if suffix == ".zst":
-            return pa.compress(data, codec="zstd", asbytes=True)
-        return gzip.compress(data) if suffix else data
-
-    lines = [json.dumps({"text": f"{i} 黃"}).encode() + b"\n" for i in range(5000)]
-    half = b"".join(lines[:2500])
-    data = pack(half) + pack(b"".join(lines[2500:]))
-    path = write(tmp_path / f"a.jsonl{suffix}", data)
-    assert read(CorpusConfig(sources=[path], partition_bytes=1000))[0] == [f"{i} 黃" for i in range(5000)]
-    path = write(tmp_path / f"b.txt{suffix}", pack(AWKWARD.encode()))
-    assert read(CorpusConfig(sources=[path]))[0] == [AWKWARD]
-    rows = io.BytesIO()
-    pq.write_table(pa.table({"text": ["one", "黃"]}), rows)
-    path = write(tmp_path / f"c.parquet{suffix}", pack(rows.getvalue()))
-    assert read(CorpusConfig(sources=[path]))[0] == ["one", "黃"]
-    if suffix:
-        path = write(tmp_path / f"cut.jsonl{suffix}", data[:-4])
-        with pytest.raises(UserError, match=f"cut.jsonl{suffix}: cannot be read: .*[Tt]runcated"):
-            read(CorpusConfig(sources=[path]))
-        path = write(tmp_path / f"not.txt{suffix}", b"plain text all along, and no magic number")
-        with pytest.raises(UserError, match=f"not.txt{suffix}: cannot be read"):
-            read(CorpusConfig(sources=[path]))
-
-
-def test_compressed_text_larger_than_a_partition_is_cut_at_lines(tmp_path: Path) -> None:
-    text = "".join(f"{i} 黃河\n" for i in range(500))
-    path = write(tmp_path / "a.txt.gz", gzip.compress(text.encode()))
-    documents = read(CorpusConfig(sources=[path], partition_bytes=1000))[0]
-    assert len(documents) > 5
-    assert "".join(documents) == text
-    assert all(document.endswith("\n") for document in documents)
-
-
-def test_invalid_utf8_is_reported_with_its_place_in_the_file(tmp_path: Path) -> None:
-    data = "黃\n".encode() * 50
-    data = data[:120] + b"\xff" + data[120:]
-    for size in [7, 1000]:
-        path = write(tmp_path / "a.txt", data)
-        with pytest.raises(UserError, match=r"a.txt: not valid UTF-8 at byte 120$"):
-            read(CorpusConfig(sources=[path], partition_bytes=size))
-    path = write(tmp_path / "a.txt.gz", gzip.compress(data))
-    with pytest.raises(UserError, match=r"a.txt.gz: not valid UTF-8 at byte 120 of the decompressed text"):
-        read(CorpusConfig(sources=[path]))
-    path = write(tmp_path / "a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}\n')
-    with pytest.raises(UserError, match=r"a.jsonl: not valid UTF-8 at byte 25$"):
-        read(CorpusConfig(sources=[path]))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{'text': 1}", "the line at byte 14 is not valid JSON"),
-        ("[1]", "the line at byte 14 is not a JSON object"),
-        ('{"text": {}}', "field 'text' is dict"),
-        (r'{"text": "\ud83d"}', "lone surrogate"),
-    ],
-)
-def test_bad_json_is_reported_with_its_place(tmp_path: Path, line: str, message: str) -> None:
-    path = write(tmp_path / "a.jsonl", f'{{"text": "a"}}\n{line}\n'.encode())
-    with pytest.raises(UserError, match=f"a.jsonl: .*{message}"):
-        read(CorpusConfig(sources=[path]))
-
-
-def test_template_fills_fields_and_counts_what_is_dropped(tmp_path: Path) -> None:
-    records = [
-        {"title": "t", "lines": ["a", "b"], "n": 3},
-        {"title": "t", "n": 1},
-        {"title": None, "lines": [], "n": 1},
-        {"title": "{n}", "lines": [], "n": 0.5},
-    ]
-    path = write(tmp_path / "a.ndjson", "\n\n".join(map(json.dumps, records)).encode())
-    texts, dropped = read(CorpusConfig(sources=[path], template="{{{title}}}\n{n}: {lines}"))
-    assert texts == ["{t}\n3: a\nb", "{{n}}\n0.5: "]
-    assert dropped == {"missing_field": 2}
-    path = write(tmp_path / "b.jsonl", b'{"text": ""}\n{"text": "x"}\n')
-    assert read(CorpusConfig(sources=[path])) == (["x"], {"empty": 1})
-    for template in ["no field", "{", "{a:>3}", "{a!r}"]:
-        with pytest.raises(UserError, match=r"corpus\.template"):
-            read(CorpusConfig(sources=[path], template=template))
-
-
-def test_parquet_rows_are_documents(tmp_path: Path) -> None:
-    table = pa.table({"title": ["a", None, "c"], "text": [["1", "2"], ["3"], []], "other": [1, 2, 3]})
-    path = str(tmp_path / "a.parquet")
-    pq.write_table(table, path)
-    texts, dropped = read(CorpusConfig(sources=[path], template="{title}:{text}"))
-    assert (texts, dropped) == (["a:1\n2", "c:"], {"missing_field": 1})
-    with pytest.raises(UserError, match=r"a.parquet: has no column 'body', which corpus\.template names"):
-        read(CorpusConfig(sources=[path], template="{body}"))
-    path = write(tmp_path / "b.parquet", b"not parquet, though long enough to look at")
-    with pytest.raises(UserError, match=r"b.parquet: cannot be read"):
-        read(CorpusConfig(sources=[path]))
+def names(*given: str, **settings: Any) -> list[str]:
+    return [file.name for file in sources.list_files(CorpusConfig(sources=[*given], **settings))]
 
 
 def test_sources_are_files_directories_globs_and_urls(tmp_path: Path) -> None:
     for name in ["d/b.txt", "d/a/z.TXT", "d/c.jsonl.gz", "d/readme.md", "d/.git/x.txt", "d/photo.png", "e.c"]:
         write(tmp_path / name, b"x")
-
-    def names(*given: str, format: str = "auto") -> list[str]:
-        return [f.name for f in sources.list_files(CorpusConfig(sources=[*given], format=format))]
-
     d = str(tmp_path / "d")
     assert names(d) == ["a/z.TXT", "b.txt", "c.jsonl.gz"]
     assert names(d, format="text") == ["a/z.TXT", "b.txt", "readme.md"]
@@ -202,16 +44,101 @@ def test_sources_are_files_directories_globs_and_urls(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to read"):
         names(str(tmp_path / "empty"))
     fsspec.filesystem("memory").pipe("/corpus/sub/a.txt", b"from\nmemory")
-    assert read(CorpusConfig(sources=["memory://corpus"], partition_bytes=5))[0] == ["from\n", "memory"]
+    assert texts("memory://corpus", partition_bytes=5) == ["from\n", "memory"]
     assert names("memory://corpus/**/*.txt") == ["sub/a.txt"]
 
 
+def test_include_and_exclude_are_read_as_in_gitignore(tmp_path: Path) -> None:
+    for name in ["main.c", "lib/a.c", "lib/a.h", "lib/tests/t.c", "tests/u.c", "lib/deep/tests/v.c", "notes", "b.txt"]:
+        write(tmp_path / name, b"x")
+    d = str(tmp_path)
+    assert names(d, include=["*.c"]) == ["lib/a.c", "lib/deep/tests/v.c", "lib/tests/t.c", "main.c", "tests/u.c"]
+    assert names(d, include=["*.c"], exclude=["tests/"]) == ["lib/a.c", "main.c"]
+    assert names(d, include=["*.c"], exclude=["/tests/"]) == [
+        "lib/a.c",
+        "lib/deep/tests/v.c",
+        "lib/tests/t.c",
+        "main.c",
+    ]
+    assert names(d, include=["lib/**/*.c"]) == ["lib/a.c", "lib/deep/tests/v.c", "lib/tests/t.c"]
+    assert names(d, include=["/*.c"]) == ["main.c"]
+    assert names(d, include=["lib/", "!*.h"], exclude=["tests"]) == ["lib/a.c"]
+    assert names(d, exclude=["b.*"], format="text") == [n for n in names(d, format="text") if n != "b.txt"]
+    assert names(f"{d}/**/*.c", exclude=["tests/"]) == ["lib/a.c", "main.c"]
+    assert names(d, include=["notes"], format="text") == ["notes"]
+    with pytest.raises(UserError, match=r"notes: its name does not tell the format: set corpus\.format"):
+        names(d, include=["notes"])
+    with pytest.raises(UserError, match=r"nothing to read in .* after corpus\.include and corpus\.exclude"):
+        names(d, include=["*.rs"])
+
+
+def test_the_format_that_is_set_holds_for_what_is_named_whatever_its_extension(tmp_path: Path) -> None:
+    lines = write(tmp_path / "lines.log", b'{"text": "a"}\n{"text": "b"}\n')
+    assert texts(lines, format="jsonl") == ["a", "b"]
+    packed = write(tmp_path / "lines.log.gz", gzip.compress(b'{"text": "c"}\n'))
+    assert texts(packed, format="jsonl") == ["c"]
+    array = write(tmp_path / "array.jsonl", b'[{"text": "d"}, {"text": "e"}]')
+    assert texts(array, format="json") == ["d", "e"]
+    write(tmp_path / "other.txt", b"left alone")
+    assert names(str(tmp_path), format="jsonl") == ["array.jsonl"]
+
+
+def test_links_to_files_are_read_and_nothing_else_that_is_no_file(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "a.txt", b"one")
+    d = tmp_path / "d"
+    d.mkdir()
+    (d / "link.txt").symlink_to(tmp_path / "real" / "a.txt")
+    (d / "broken.txt").symlink_to(tmp_path / "nowhere")
+    (d / "around").symlink_to(d)
+    (d / "folder.txt").symlink_to(tmp_path / "real")
+    os.mkfifo(d / "pipe.txt")
+    for given in (str(d), f"{d}/*.txt", f"{d}/link.txt"):
+        assert texts(given) == ["one"]
+    (tmp_path / "to").symlink_to(d)
+    assert texts(str(tmp_path / "to")) == ["one"]
+    assert names(str(d), include=["*"]) == ["link.txt"]
+    before = sources.list_files(CorpusConfig(sources=[str(d)]))
+    write(tmp_path / "real" / "a.txt", b"two, and longer")
+    assert sources.list_files(CorpusConfig(sources=[str(d)])) != before
+
+
+def test_names_may_hold_spaces_globs_and_other_scripts(tmp_path: Path) -> None:
+    given = ["a b.txt", "[1] x.txt", "who?.txt", "50% #2.txt", "詩 集/黃河.txt", "Dr. Who.txt", "line\nbreak.txt"]
+    for name in given:
+        assert texts(write(tmp_path / name, name.encode())) == [name]
+    assert texts(str(tmp_path)) == sorted(given)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"caf�.txt: its name is not valid UTF-8"):
+        names(str(tmp_path))
+    assert "who?.txt" in names(str(tmp_path), exclude=["caf*"])
+
+
 def test_the_standard_library_is_a_corpus() -> None:
-    corpus = CorpusConfig(sources=["python-stdlib"])
-    names = [file.name for file in sources.list_files(corpus)]
-    assert "asyncio/base_events.py" in names and names == sorted(set(names), key=Path)
-    assert not any("site-packages" in name or "/tests/" in name for name in names)
-    assert sum(map(len, read(corpus)[0])) > 5_000_000
+    found = names("python-stdlib")
+    assert "asyncio/base_events.py" in found and found == sorted(set(found), key=Path)
+    assert not any("site-packages" in name or "/tests/" in name for name in found)
+    assert sum(map(len, read("python-stdlib")[0])) > 5_000_000
+
+
+# Planning
+
+
+def test_small_files_share_partitions_in_order(tmp_path: Path) -> None:
+    for i in range(100):
+        write(tmp_path / f"{i:03}.txt", b"x" * 10)
+    corpus = CorpusConfig(sources=[str(tmp_path)], partition_bytes=100)
+    partitions = sources.plan(sources.list_files(corpus), corpus)
+    assert [len(p) for p in partitions] == [10] * 10
+    assert [s.file.name for p in partitions for s in p] == [f"{i:03}.txt" for i in range(100)]
+
+
+def test_the_plan_says_what_cannot_be_cut(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"x\n" * 500)
+    write(tmp_path / "b.txt.gz", gzip.compress(b"x"))
+    write(tmp_path / "c.json", b"[]")
+    corpus = CorpusConfig(sources=[str(tmp_path)], partition_bytes=100)
+    plan = sources.describe(sources.plan(sources.list_files(corpus), corpus))
+    assert plan.startswith("3 files, 0.0 MB, 11 partitions; 2 of the files cannot be cut (compressed, .json")
 
 
 def test_held_out_tail_is_cut_at_a_line(tmp_path: Path) -> None:
@@ -219,13 +146,119 @@ def test_held_out_tail_is_cut_at_a_line(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "".join(lines[:900]).encode())
     write(tmp_path / "b.txt", "".join(lines[900:]).encode())
     corpus = CorpusConfig(sources=[str(tmp_path)], heldout="tail", heldout_share=0.25, partition_bytes=999)
-    spans = [span for partition in sources.plan(sources.list_files(corpus), corpus) for span in partition]
-    texts: dict[bool, str] = {False: "", True: ""}
-    for span in spans:
-        for _, text in sources.documents(span, corpus, Counter()):
-            texts[sources.is_heldout(span, 0, corpus)] += text
-    assert texts[False] + texts[True] == "".join(lines)
-    assert texts[True].splitlines()[0] in ("line 0750", "line 0751")
+    found: dict[bool, str] = {False: "", True: ""}
+    for span in spans(corpus):
+        for text in documents(span, corpus, Report()):
+            found[is_heldout(span, 0, corpus)] += text
+    assert found[False] + found[True] == "".join(lines)
+    assert found[True].splitlines()[0] in ("line 0750", "line 0751")
     path = write(tmp_path / "c.txt.gz", gzip.compress(b"x"))
     with pytest.raises(UserError, match=r'corpus\.heldout = "tail".*use "hash"'):
-        read(CorpusConfig(sources=[path], heldout="tail"))
+        read(path, heldout="tail")
+
+
+# Web servers and buckets
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """Serves the files of a directory, or the bytes of them that are asked for."""
+
+    def __init__(self, *args: Any, directory: Path) -> None:
+        self.directory = directory
+        super().__init__(*args)
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.directory / unquote(self.path.split("?")[0]).lstrip("/")
+        if not path.is_file():
+            return self.send_error(404)
+        data = path.read_bytes()
+        tag = f'"{hash(data)}"'
+        start, stop = 0, len(data)
+        if ranges := self.headers.get("Range"):
+            first, last = ranges.removeprefix("bytes=").split("-")
+            start, stop = int(first), min(int(last) + 1 if last else stop, stop)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        else:
+            self.send_response(200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("ETag", tag)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[start:stop])
+
+
+class Whole(SimpleHTTPRequestHandler):
+    """Python's own, which knows no ranges."""
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+class BreaksOff(Whole):
+    """Says how long a file is, and sends half of it."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        data = source.read()
+        outputfile.write(data[: len(data) // 2])
+
+
+@contextmanager
+def serve(handler: Any, directory: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=directory))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.mark.parametrize("handler", [Ranges, Whole])
+def test_files_of_a_web_server_read_as_those_of_a_disk(tmp_path: Path, handler: Any) -> None:
+    lines = "".join(f'{{"text": "{i} 黃河"}}\n' for i in range(3000))
+    write(tmp_path / "a.jsonl", lines.encode())
+    write(tmp_path / "b c é.txt", b"ein Text\r\n" * 3000)
+    write(tmp_path / "d.txt.gz", gzip.compress("packed 😀\n".encode() * 100))
+    write(tmp_path / "e.csv", ("text,n\n" + '"a ""quoted""\nline",1\n' * 2000).encode())
+    with serve(handler, tmp_path) as url:
+        local = [str(tmp_path / name) for name in ("a.jsonl", "b c é.txt", "d.txt.gz", "e.csv")]
+        remote = [f"{url}/{name}" for name in ("a.jsonl?download=1", "b%20c%20%C3%A9.txt", "d.txt.gz", "e.csv")]
+        corpus = CorpusConfig(sources=remote, partition_bytes=10_000)
+        assert len(spans(corpus)) == (
+            4 if handler is Whole else len(spans(corpus.model_copy(update={"sources": local})))
+        )
+        for mine, yours in zip(local, remote, strict=True):
+            one, other = texts(mine, partition_bytes=10_000), texts(yours, partition_bytes=10_000)
+            assert "".join(one) == "".join(other) and (handler is Whole or one == other)
+        with pytest.raises(UserError, match=r"no such file: .*absent.txt"):
+            names(f"{url}/absent.txt")
+
+
+def test_another_version_on_a_web_server_is_another_corpus(tmp_path: Path) -> None:
+    for handler in (Ranges, Whole):
+        path = Path(write(tmp_path / "a.txt", b"one"))
+        with serve(handler, tmp_path) as url:
+            corpus = CorpusConfig(sources=[f"{url}/a.txt"])
+            before = sources.list_files(corpus)
+            assert sources.list_files(corpus) == before
+            path.write_bytes(b"two")
+            os.utime(path, (1, 1))
+            assert sources.list_files(corpus) != before
+            assert before[0].changed(before[0].open())
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_connection_that_breaks_is_no_damaged_file(tmp_path: Path, name: str) -> None:
+    lines = b"".join(b'{"text": "%d %d"}\n' % (i, i**7) for i in range(20_000))
+    write(tmp_path / name, gzip.compress(lines) if name.endswith(".gz") else lines)
+    with serve(BreaksOff, tmp_path) as url, pytest.raises(UserError, match=f"{name}: cannot be read") as caught:
+        read(f"{url}/{name}")
+    assert "\n" not in str(caught.value)

@@ -41,12 +41,15 @@ def random_texts(count: int) -> list[str]:
 
 def test_decoding_gives_back_any_text(tokenizer: Tokenizer) -> None:
     texts = [*TEXTS, *AWKWARD, *random_texts(300)]
-    for text, ids in zip(texts, tokenizer.encode_documents(texts), strict=True):
-        assert ids.dtype == np.uint32
+    all_ids, ends = tokenizer.encode_batch(texts)
+    assert all_ids.dtype == np.uint32 and ends.dtype == np.int64 and ends[-1] == len(all_ids)
+    for text, ids in zip(texts, np.split(all_ids, ends[:-1]), strict=True):
         assert tokenizer.decode(ids) == text
         assert np.array_equal(ids, tokenizer.encode(text))
         assert tokenizer.end_of_text not in ids
-    assert tokenizer.encode_documents([]) == []
+    assert [len(part) for part in tokenizer.encode_batch([])] == [0, 0]
+    for part, same in zip(tokenizer.encode_batch(texts, parallel=True), (all_ids, ends), strict=True):
+        assert np.array_equal(part, same)
 
 
 def test_ids_are_those_of_the_tokenizers_library(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -110,6 +113,26 @@ def test_encoding_falls_back_where_gigatoken_fails(
         assert np.array_equal(other.encode(text), bpe.encode(text))
 
 
+def test_a_tokenizer_made_elsewhere_keeps_its_end_of_text_or_is_given_one(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    config = json.loads(bpe.json)
+    path.write_text(json.dumps(config | {"added_tokens": []}))
+    without = load(str(path))
+    assert (without.end_of_text, without.vocab_size) == (299, 300)
+    assert Tokenizer(without.json).end_of_text == 299
+    end, start = (
+        config["added_tokens"][0] | {"content": "</s>"},
+        config["added_tokens"][0] | {"content": "<s>", "id": 300},
+    )
+    path.write_text(json.dumps(config | {"added_tokens": [start, end]}))
+    other = load(str(path))
+    assert (other.end_of_text, other.vocab_size, other.json) == (299, 301, path.read_bytes())
+    for text in AWKWARD:
+        assert np.array_equal(other.encode(text), bpe.encode(text))
+        assert other.decode(other.encode(text)) == text
+
+
 def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="cannot read the tokenizer"):
@@ -121,7 +144,6 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"tokenizer.json: .*{message}"):
             load(str(path))
 
-    refused(r"has no <\|endoftext\|> token", added_tokens=[])
     refused("normalizer", normalizer={"type": "NFC"})
     refused("byte-level", pre_tokenizer={"type": "Whitespace"})
     refused("byte-level BPE", model={"type": "BPE"})

@@ -7,8 +7,9 @@ import pytest
 
 from gru import tracking
 from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
-from gru.corpus.shards import Dataset, prepare
+from gru.corpus.prepare import prepare
 from gru.errors import UserError
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner

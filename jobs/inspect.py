@@ -1,0 +1,111 @@
+"""Say what a dataset holds: counts, lengths, what was left out and why. Decodes a document; verifies every digest."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from gru import storage
+from gru.corpus.dataset import Dataset, open_dataset
+from gru.errors import UserError
+from jobs import entry
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m jobs.inspect", description=__doc__)
+    parser.add_argument("dataset", metavar="DATASET", help="directory or URL of a dataset: what jobs.prepare names")
+    parser.add_argument("--document", metavar="HASH", help="print the text of a document, named as in the shards")
+    parser.add_argument("--verify", action="store_true", help="read all files and compare their digests")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
+    arguments = parser.parse_args()
+    entry.quiet_libraries()
+    try:
+        dataset = open_dataset(storage.absolute(arguments.dataset, Path.cwd()))
+        if arguments.document is not None:
+            source, text = _document(dataset, arguments.document)
+            print(json.dumps({"source": source, "text": text}, ensure_ascii=False) if arguments.json else text)
+            return
+        if arguments.verify:
+            dataset.verify()
+        facts = describe(dataset) | ({"verified": True} if arguments.verify else {})
+        print(json.dumps(facts, ensure_ascii=False) if arguments.json else _report(dataset, facts))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _document(dataset: Dataset, name: str) -> tuple[str, str]:
+    """Raises UserError if there is none of that name, a decimal or hexadecimal (0x...) number."""
+    try:
+        number = int(name, 0)
+    except ValueError:
+        raise UserError(f"--document {name}: expected the number in the shards' column `document`") from None
+    found = dataset.document(number) if 0 <= number < 2**64 else None
+    if found is None:
+        raise UserError(f"--document {name}: no such document in {dataset.directory}")
+    return found
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """The facts of a dataset, for programs."""
+    manifest = dataset.manifest
+    lengths: Counter[int] = Counter()
+    for shard in manifest.shards:
+        lengths.update({2**power: count for power, count in enumerate(shard.lengths) if count})
+    counts = manifest.counts
+    return {
+        "dataset": dataset.directory,
+        "digest": manifest.digest,
+        "train": manifest.train.model_dump(),
+        "heldout": manifest.heldout.model_dump(),
+        "bytes_per_token": round(counts.bytes / counts.tokens, 3),
+        "characters_per_token": round(counts.characters / counts.tokens, 3),
+        "documents_by_tokens": {f"<={limit}": lengths[limit] for limit in sorted(lengths)},
+        "dropped": manifest.dropped,
+        "replaced": manifest.replaced,
+        "examples": manifest.examples,
+        "vocabulary": manifest.vocab_size,
+        "tokenizer_digest": manifest.tokenizer_digest,
+        "sources": len(manifest.sources),
+        "source_bytes": sum(source.size for source in manifest.sources),
+        "shards": len(manifest.shards),
+        "shard_bytes": sum(shard.file_bytes for shard in manifest.shards),
+        "segments": sum(len(shard.segments) for shard in manifest.shards),
+    }
+
+
+def _report(dataset: Dataset, facts: dict[str, Any]) -> str:
+    train, heldout = facts["train"], facts["heldout"]
+    lines = [
+        f"{facts['dataset']}",
+        f"digest      {facts['digest']}" + (", and every file is what it says" if "verified" in facts else ""),
+        f"sources     {facts['sources']:,} files, {facts['source_bytes'] / 1e6:,.1f} MB",
+        f"shards      {facts['shards']:,} files, {facts['shard_bytes'] / 1e6:,.1f} MB, {facts['segments']:,} segments",
+        f"tokenizer   {facts['vocabulary']:,} tokens, {facts['tokenizer_digest']}",
+        f"            {facts['bytes_per_token']} bytes or {facts['characters_per_token']} characters a token",
+        "",
+        f"            {'documents':>15} {'bytes':>17} {'characters':>17} {'tokens':>17}",
+    ]
+    for name, counts in (("train", train), ("held out", heldout)):
+        numbers = (counts[key] for key in ("documents", "bytes", "characters", "tokens"))
+        lines.append(f"{name:12}" + "{:>15,} {:>17,} {:>17,} {:>17,}".format(*numbers))
+    lines += ["", "tokens in a document, with its end"]
+    lengths: dict[str, int] = facts["documents_by_tokens"]
+    total = sum(lengths.values())
+    for (limit, count), below in zip(lengths.items(), accumulate(lengths.values()), strict=True):
+        bar = "█" * round(40 * count / max(lengths.values()))
+        lines.append(f"{'up to ' + format(int(limit[2:]), ','):>18} {count:>13,} {below / total:>7.1%}  {bar}".rstrip())
+    lines += ["", "left out" if facts["dropped"] else "left out: nothing"]
+    lines += [f"{reason:>18} {count:>13,}" for reason, count in facts["dropped"].items()]
+    if facts["replaced"]:
+        lines += ["", f"{facts['replaced']:,} documents have U+FFFD in place of invalid bytes"]
+    if facts["examples"]:
+        lines += ["", "the first places where something was wrong", *(f"  {place}" for place in facts["examples"])]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
