@@ -44,9 +44,9 @@ _EXPANSION = 4  # of compressed text, roughly: it only decides how much is sampl
 _EXAMPLES = 100  # places that a manifest names
 
 
-def dataset_key(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> str:
-    """The name of the dataset that these would make of the sources as they are now."""
-    listing = [[file.path, file.size, file.modified] for file in sources.list_files(corpus)]
+def dataset_key(corpus: CorpusConfig, tokenizer: TokenizerConfig, files: list[sources.SourceFile] | None = None) -> str:
+    """The name of the dataset that these would make of the sources as they are now, or as they were listed."""
+    listing = [[file.path, file.size, file.modified] for file in files or sources.list_files(corpus)]
     given = tokenizers.load(tokenizer.path).digest if tokenizer.path else None
     return content_key(corpus, tokenizer, FORMAT_VERSION, listing, given)
 
@@ -83,8 +83,9 @@ def _tidied(dataset: Dataset) -> Dataset:
 
 def _make(corpus: CorpusConfig, config: TokenizerConfig, directory: str, progress: Progress) -> Manifest:
     parse_template(corpus.template)
-    key = dataset_key(corpus, config)
-    partitions = sources.plan(sources.list_files(corpus), corpus, _parallel_map)
+    files = sources.list_files(corpus)
+    key = dataset_key(corpus, config, files)
+    partitions = sources.plan(files, corpus, _parallel_map)
     progress(sources.describe(partitions))
     tokenizer = _make_tokenizer(corpus, config, partitions, directory, key, progress)
     recipe = Recipe(directory, corpus, tokenizer.digest)

@@ -192,7 +192,7 @@ def _source_file(
     if info.get("size") is None:
         raise UserError(f"corpus.sources: {name}: its size is unknown; copy it to a disk or bucket first")
     if "://" not in url:
-        stat = Path(name).stat()  # of what a link points to
+        stat = os.stat(name)  # noqa: PTH116  (as above); of what a link points to
         return SourceFile(name, stat.st_size, str(stat.st_mtime), kind, compression, label)
     seekable = True
     if web:
@@ -216,11 +216,13 @@ def _version(info: dict[str, Any]) -> str:
 
 def _kind(name: str, format: str, explicit: bool) -> tuple[Any, str]:
     """(kind or None, compression) of a file; one that is named has the format set, whatever its extension."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
-    compression = suffixes[-1] if suffixes and suffixes[-1] in _COMPRESSION else ""
-    extension = (suffixes[-2:-1] if compression else suffixes[-1:]) or [""]
-    kinds = _KINDS if format == "auto" and not explicit else _KINDS | _ALSO_TEXT
-    kind = kinds.get(extension[0])
+    stem, extension = os.path.splitext(name.lower())  # noqa: PTH122  (as above)
+    compression = extension if extension in _COMPRESSION else ""
+    if compression:
+        extension = os.path.splitext(stem)[1]  # noqa: PTH122
+    kind = _KINDS.get(extension)
+    if kind is None and (explicit or format != "auto"):
+        kind = _ALSO_TEXT.get(extension)
     if format == "auto":
         return kind, compression
     return (format if explicit or kind == format else None), compression
