@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru.config import ModelConfig
+from gru.model.normalisation import RMSNorm
 from gru.model.output import cross_entropy
 from gru.model.recurrence import GRU, dropout_mask
 
@@ -18,7 +19,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, hidden: int, products: torch.dtype) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.products = products
+        self.norm = RMSNorm(width)
         self.gru = GRU(width, hidden, products)
         self.project = nn.Linear(hidden, width, bias=False) if hidden != width else nn.Identity()
 
@@ -27,7 +29,9 @@ class Block(nn.Module):
         if mask_BE is not None:
             inner = inner * mask_BE
         out_TBH, h_BH = self.gru(inner, h_BH)
-        return x_TBE + self.project(out_TBH), h_BH
+        with torch.autocast(x_TBE.device.type, self.products, enabled=self.products != x_TBE.dtype):
+            projected_TBE = self.project(out_TBH)
+        return x_TBE + projected_TBE.to(x_TBE.dtype), h_BH
 
 
 class GRULanguageModel(nn.Module):
@@ -45,7 +49,7 @@ class GRULanguageModel(nn.Module):
         self.products = products
         self.embedding = nn.Embedding(vocab_size, config.embedding)
         self.blocks = nn.ModuleList(Block(config.embedding, config.hidden, products) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.embedding)
+        self.norm = RMSNorm(config.embedding)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         # Small: with a tied output, a large embedding in the residual stream predicts each token to follow itself.
         nn.init.normal_(self.embedding.weight, std=0.02)

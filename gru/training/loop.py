@@ -23,8 +23,6 @@ from gru import storage, tracking
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
-from gru.corpus.dataset import Dataset, open_dataset
-from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.model.precision import Precision, resolve
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner

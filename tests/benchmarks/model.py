@@ -5,7 +5,7 @@ python -m tests.benchmarks.model [--text PATH]
 
 import argparse
 import multiprocessing
-import resource
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,12 +144,19 @@ def loss_side(name: str) -> Work:
     return {"ours": ours, "theirs": theirs, "chunked": torchs_chunked}[name]
 
 
-def peak(name: str) -> float:
-    """MiB of memory that one loss adds, in a process of its own."""
+def added_memory(name: str) -> float:
+    """MiB that one loss adds to the peak of a process of its own."""
     work = loss_side(name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak() - before
+
+
+def peak() -> float:
+    """Most memory that this process has had, in MiB. (getrusage would count that of the process that started it.)"""
+    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
 
 
 def loss() -> None:
@@ -158,7 +165,7 @@ def loss() -> None:
     memory = {}
     for name in names:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            memory[name] = pool.apply(peak, (name,))
+            memory[name] = pool.apply(added_memory, (name,))
     for other, words in (("theirs", "F.cross_entropy"), ("chunked", "F.linear_cross_entropy, chunked")):
         show(
             "loss, V = 32768",

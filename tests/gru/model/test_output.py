@@ -68,14 +68,18 @@ def test_a_hopeless_target_has_a_finite_loss() -> None:
 
 
 PEAK = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from gru.model.output import cross_entropy
+
+def peak():
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
 products = getattr(torch, sys.argv[1])
-x, weight, bias = torch.ones(8192, 64), torch.zeros(32768, 64), torch.zeros(32768)
-parameters = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-cross_entropy(*parameters, torch.zeros(8192, dtype=torch.long), None, products).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+x, weight, bias = (torch.ones(size, requires_grad=True) for size in [(8192, 64), (32768, 64), (32768,)])
+before = peak()
+cross_entropy(x, weight, bias, torch.zeros(8192, dtype=torch.long), None, products).backward()
+print(peak() - before)
 """
 
 
@@ -83,4 +87,4 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 def test_a_large_vocabulary_needs_bounded_memory(products: str) -> None:
     """All logits of this window would be 1,024 MiB, and their gradient as much again."""
     done = subprocess.run([sys.executable, "-c", PEAK, products], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 300
+    assert 60 < int(done.stdout) < 300
