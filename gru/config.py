@@ -94,6 +94,10 @@ class ModelConfig(Section):
     hidden: PositiveInt = Field(384, description="Width of the hidden state of each GRU layer.")
     layers: PositiveInt = Field(1, description="Number of residual GRU blocks.")
     dropout: Share = Field(0.0, description="Share of each block's input and of the output dropped in training.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="What training rounds the factors of matrix products to; `auto` is bf16 where that is faster.",
+    )
 
 
 class TrainConfig(Section):

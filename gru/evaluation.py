@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from gru.corpus.lanes import stream_batches
 from gru.corpus.tokenizer import Tokenizer
@@ -74,9 +73,8 @@ def stream_loss(model: GRULanguageModel, batches: Iterable[tuple[np.ndarray, ...
     total = 0.0
     for batch in batches:
         inputs_TB, targets_TB, weights_TB = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch)
-        logits_TBV, state_LBH = model(inputs_TB, state_LBH)
-        losses = F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="none")
-        total += float((losses * weights_TB.flatten()).sum())
+        loss, state_LBH = model.loss(inputs_TB, targets_TB, state_LBH, weights_TB=weights_TB)
+        total += float(loss)
     return total
 
 

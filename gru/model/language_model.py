@@ -9,16 +9,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru.config import ModelConfig
+from gru.model.normalisation import RMSNorm
+from gru.model.output import cross_entropy
 from gru.model.recurrence import GRU, dropout_mask
 
 
 class Block(nn.Module):
     """A pre-norm residual GRU block: x + project(GRU(norm(x)))."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, products: torch.dtype) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.gru = GRU(width, hidden)
+        self.products = products
+        self.norm = RMSNorm(width)
+        self.gru = GRU(width, hidden, products)
         self.project = nn.Linear(hidden, width, bias=False) if hidden != width else nn.Identity()
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor, mask_BE: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -26,19 +29,27 @@ class Block(nn.Module):
         if mask_BE is not None:
             inner = inner * mask_BE
         out_TBH, h_BH = self.gru(inner, h_BH)
-        return x_TBE + self.project(out_TBH), h_BH
+        with torch.autocast(x_TBE.device.type, self.products, enabled=self.products != x_TBE.dtype):
+            projected_TBE = self.project(out_TBH)
+        return x_TBE + projected_TBE.to(x_TBE.dtype), h_BH
 
 
 class GRULanguageModel(nn.Module):
-    """Embedding, residual GRU blocks, norm, and an output layer tied to the embedding (arXiv:1608.05859)."""
+    """Embedding, residual GRU blocks, norm, and an output layer tied to the embedding (arXiv:1608.05859).
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    products: what the factors of the GRUs' and the loss's matrix products are rounded to. All that does not train
+    (serving, evaluation) leaves it at fp32: rows of a batch then come out alike at any width, and scores alike on any
+    machine.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, products: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.products = products
         self.embedding = nn.Embedding(vocab_size, config.embedding)
-        self.blocks = nn.ModuleList(Block(config.embedding, config.hidden) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.embedding)
+        self.blocks = nn.ModuleList(Block(config.embedding, config.hidden, products) for _ in range(config.layers))
+        self.norm = RMSNorm(config.embedding)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         # Small: with a tied output, a large embedding in the residual stream predicts each token to follow itself.
         nn.init.normal_(self.embedding.weight, std=0.02)
@@ -55,17 +66,39 @@ class GRULanguageModel(nn.Module):
         shape = (self.config.layers + 1, lanes, self.config.embedding)
         return dropout_mask(self.config.dropout, shape, generator).to(self.output_bias.device)
 
-    def forward(self, tokens_TB: Tensor, state_LBH: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens_TB: Tensor, state_LBH: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [T, B, V] of the token after each one given, and the state [L, B, H] after the last.
 
-        tokens_TB: integer ids below V. masks: from `dropout_masks`, for training only.
+        tokens_TB: integer ids below V.
         """
+        x_TBE, state_LBH = self.features(tokens_TB, state_LBH)
+        return F.linear(x_TBE, self.embedding.weight, self.output_bias), state_LBH
+
+    def loss(
+        self,
+        tokens_TB: Tensor,
+        targets_TB: Tensor,
+        state_LBH: Tensor,
+        masks: Tensor | None = None,
+        weights_TB: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy with the targets in nats, times the weight of each where given, and the next state.
+
+        masks: from `dropout_masks`, for training only. The logits are never in memory all at once.
+        """
+        x_TBE, state_LBH = self.features(tokens_TB, state_LBH, masks)
+        weights_N = None if weights_TB is None else weights_TB.flatten()
+        total = cross_entropy(
+            x_TBE.flatten(0, 1), self.embedding.weight, self.output_bias, targets_TB.flatten(), weights_N, self.products
+        )
+        return total, state_LBH
+
+    def features(self, tokens_TB: Tensor, state_LBH: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the output layer reads [T, B, E], and the next state."""
         x_TBE = self.embedding(tokens_TB)
         states = []
         for layer, block in enumerate(self.blocks):
             x_TBE, h_BH = block(x_TBE, state_LBH[layer], None if masks is None else masks[layer])
             states.append(h_BH)
         x_TBE = self.norm(x_TBE)
-        if masks is not None:
-            x_TBE = x_TBE * masks[-1]
-        return F.linear(x_TBE, self.embedding.weight, self.output_bias), torch.stack(states)
+        return x_TBE if masks is None else x_TBE * masks[-1], torch.stack(states)

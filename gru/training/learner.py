@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +19,7 @@ from gru.config import ModelConfig, TrainConfig
 from gru.corpus.lanes import stream_batches
 from gru.evaluation import stream_loss
 from gru.model.language_model import GRULanguageModel
+from gru.model.precision import PRODUCTS, resolve
 from gru.training.checkpoint import Checkpoint
 
 
@@ -32,6 +33,19 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.learning_rate * warmup * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+
+
+class Objective(nn.Module):
+    """A model's loss as the call that DistributedDataParallel wraps."""
+
+    def __init__(self, model: GRULanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, inputs_TB: Tensor, targets_TB: Tensor, state_LBH: Tensor, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.model.loss(inputs_TB, targets_TB, state_LBH, masks)
 
 
 class Learner:
@@ -55,9 +69,11 @@ class Learner:
         self.lanes = own_lanes(config.lanes, rank, world)
         self.step = 0
         torch.manual_seed(config.seed)
-        self.model = GRULanguageModel(model, vocab_size).to(self.device)
+        self.precision = resolve(model, self.device)
+        self.model = GRULanguageModel(model, vocab_size, PRODUCTS[self.precision]).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.forward = DistributedDataParallel(self.model) if world > 1 else self.model
+        objective = Objective(self.model)
+        self.objective = DistributedDataParallel(objective) if world > 1 else objective
         self.state_LBH = self.model.initial_state(len(self.lanes))
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
@@ -75,11 +91,11 @@ class Learner:
         (nats per token; the parts of all workers add up) and the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        logits_TBV, state_LBH = self.forward(self._tensor(inputs_TB), self.state_LBH, self._dropout_masks())
+        total, state_LBH = self.objective(
+            self._tensor(inputs_TB), self._tensor(targets_TB), self.state_LBH, self._dropout_masks()
+        )
         self.state_LBH = state_LBH.detach()
-        targets = self._tensor(targets_TB)
-        total = F.cross_entropy(logits_TBV.flatten(0, 1), targets.flatten(), reduction="sum")
-        part = total / (targets.shape[0] * self.config.lanes)
+        part = total / (len(inputs_TB) * self.config.lanes)
         self.optimizer.zero_grad()
         (part * self.world).backward()  # DDP divides the sum of gradients by the number of workers
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)

@@ -23,6 +23,7 @@ from gru import storage, tracking
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.model.precision import Precision, resolve
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
 
@@ -51,9 +52,10 @@ def work(told: dict[str, Assignment]) -> None:
     dataset = open_dataset(assignment.dataset)
     manifest = dataset.manifest
     device = ray.train.torch.get_device()
-    learner = Learner(assignment.model, config, manifest.vocab_size, manifest.end_of_text, rank, world, device)
     path = _choose_checkpoint(assignment, rank)
     resumed = checkpoints.load(path) if path else None
+    model = assignment.model.model_copy(update={"precision": _choose_precision(assignment, resumed, device, rank)})
+    learner = Learner(model, config, manifest.vocab_size, manifest.end_of_text, rank, world, device)
     if resumed:
         learner.restore(resumed)
     segments = dataset.segments("train")
@@ -75,6 +77,16 @@ def _choose_checkpoint(assignment: Assignment, rank: int) -> str | None:
         path = checkpoints.newest(assignment.run, assignment.identity)
         checkpoints.discard_others(assignment.run, path)
     return broadcast_from_rank_zero(path)
+
+
+def _choose_precision(
+    assignment: Assignment, resumed: checkpoints.Checkpoint | None, device: torch.device, rank: int
+) -> Precision:
+    """The one that the run began with, else what suits the machine of rank 0, so that all take the same."""
+    precision = None
+    if rank == 0:
+        precision = resumed.state["precision"] if resumed else resolve(assignment.model, device)
+    return broadcast_from_rank_zero(precision)
 
 
 def _train(
@@ -129,6 +141,7 @@ def _commit(assignment: Assignment, learner: Learner, recorder: "Recorder | None
     state = {
         "identity": assignment.identity,
         "seed": assignment.train.seed,
+        "precision": learner.precision,
         "versions": {"torch": str(torch.__version__), "ray": ray.__version__},
         "points": recorder.points if recorder else [],
     }

@@ -1,4 +1,4 @@
-"""Values are compared with a float64 computation of the published equations."""
+"""The model as a whole; its recurrence and its loss have tests of their own."""
 
 import numpy as np
 import pytest
@@ -6,38 +6,6 @@ import torch
 
 from gru.config import ModelConfig
 from gru.model.language_model import GRULanguageModel
-from gru.model.recurrence import GRU
-
-
-def equations(gru: GRU, x_TBE: np.ndarray, h_BH: np.ndarray) -> np.ndarray:
-    """The GRU's equations in numpy, float64: the states [T, B, H]."""
-    (w_ih, w_hh, b_ih, b_hh), *_ = [[p.detach().double().numpy() for p in layer] for layer in gru.gru.all_weights]
-
-    def sigmoid(x: np.ndarray) -> np.ndarray:
-        return 1 / (1 + np.exp(-x))
-
-    states = []
-    for x_BE in x_TBE:
-        input_r, input_z, input_n = np.split(x_BE @ w_ih.T + b_ih, 3, axis=1)
-        hidden_r, hidden_z, hidden_n = np.split(h_BH @ w_hh.T + b_hh, 3, axis=1)
-        r, z = sigmoid(input_r + hidden_r), sigmoid(input_z + hidden_z)
-        n = np.tanh(input_n + r * hidden_n)
-        h_BH = (1 - z) * n + z * h_BH
-        states.append(h_BH)
-    return np.stack(states)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_recurrence_follows_the_equations(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    time, lanes, width, hidden = generator.integers(1, 20, 4)
-    torch.manual_seed(seed)
-    gru = GRU(int(width), int(hidden))
-    x, h = generator.normal(size=(time, lanes, width)), generator.normal(size=(lanes, hidden))
-    out, last = gru(torch.from_numpy(x).float(), torch.from_numpy(h).float())
-    expected = equations(gru, x, h)
-    np.testing.assert_allclose(out.detach().numpy(), expected, atol=2e-5)
-    np.testing.assert_allclose(last.detach().numpy(), expected[-1], atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -85,3 +53,17 @@ def test_dropout_masks_hold_for_a_window_and_keep_the_mean() -> None:
     assert masks.unique().tolist() == pytest.approx([0, 4 / 3])
     assert masks.mean().item() == pytest.approx(1, abs=0.02)
     assert GRULanguageModel(ModelConfig(), 50).dropout_masks(4, torch.Generator()) is None
+
+
+def test_its_loss_is_that_of_its_logits() -> None:
+    torch.manual_seed(0)
+    model = GRULanguageModel(ModelConfig(embedding=16, hidden=24, layers=2), 50)
+    inputs, targets = torch.randint(0, 50, (2, 30, 4))
+    logits, end = model(inputs, model.initial_state(4))
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    loss, state = model.loss(inputs, targets, model.initial_state(4))
+    torch.testing.assert_close(loss, losses.sum())
+    assert torch.equal(state, end)
+    weights = torch.rand(30, 4)
+    loss, _ = model.loss(inputs, targets, model.initial_state(4), weights_TB=weights)
+    torch.testing.assert_close(loss, losses.dot(weights.flatten()))

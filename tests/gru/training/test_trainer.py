@@ -15,7 +15,7 @@ from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
 from gru.training.trainer import train
 
-MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1)
+MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1, precision="fp32")
 CONFIG = TrainConfig(steps=60, lanes=6, window=16, workers=2, threads=1, heldout_steps=20, checkpoint_seconds=0.5)
 
 
@@ -31,6 +31,7 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
     lines: list[str] = []
     last = train(MODEL, CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
     assert last.step == 60
+    assert last.state["precision"] == "fp32"
     assert last.tensors["lanes"]["state"].shape == (1, 6, 32)
     assert len(checkpoints.paths(str(tmp_path / "runs" / "r"))) <= CONFIG.keep
     assert lines[-1].startswith("step 60/60, loss ")
