@@ -262,10 +262,14 @@ def describe(partitions: list[Partition]) -> str:
     files = {span.file.path: span.file for partition in partitions for span in partition}
     whole = [file for file in files.values() if not file.divisible]
     size = sum(file.size for file in files.values())
-    text = f"{len(files):,} files, {size / 1e6:,.1f} MB, {len(partitions):,} partitions"
+    text = f"{_count(len(files), 'file')}, {size / 1e6:,.1f} MB, {_count(len(partitions), 'partition')}"
     if whole:
-        text += f"; {len(whole):,} of the files cannot be cut (compressed, .json, or sent from the beginning only)"
+        text += f"; {len(whole):,} cannot be cut (compressed, .json, or sent from the beginning only)"
     return text
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def _spans(files: list[SourceFile], corpus: CorpusConfig) -> Iterator[Span]:

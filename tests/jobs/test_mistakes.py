@@ -71,7 +71,7 @@ def test_an_empty_corpus(directory: Path) -> None:
 
 def test_text_that_is_not_utf8_is_named_with_its_place(directory: Path) -> None:
     (directory / "corpus.txt").write_bytes(b"A crow\n" * 10 + b"\xff\n" + b"A fox\n" * 10)
-    assert "corpus.txt: not valid UTF-8 at byte 70" in prepare(directory)
+    assert "corpus.txt: not valid UTF-8 at byte 70" in prepare(directory, "corpus.on_bad=fail")
 
 
 def test_a_truncated_file_is_named(directory: Path) -> None:
