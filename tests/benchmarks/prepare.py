@@ -53,7 +53,7 @@ def source_tree(folder: Path, megabytes: int) -> CorpusConfig:
             if left <= 0:
                 break
         copy += 1
-    return CorpusConfig(sources=[str(folder)], include=["*.py"], partition_bytes=8 << 20)
+    return CorpusConfig(sources=[str(folder)], include=["*.py"])
 
 
 def texts_of(corpus: CorpusConfig, size: float = float("inf")) -> Iterator[str]:
