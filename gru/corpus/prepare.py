@@ -340,6 +340,7 @@ def _in_parallel(
 
 
 def _task(row: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
+    """Items and results are objects of ours, which pass from process to process in Ray's memory, never by a file."""
     try:
         with storage.room("shards"):
             result = function(pickle.loads(row["item"]))

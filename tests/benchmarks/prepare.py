@@ -216,7 +216,7 @@ def watch(pid: int, peaks: dict[str, int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--poems", type=Path, default=Path("../shared/data/poems.jsonl.zst"))
+    parser.add_argument("--poems", type=Path, help="JSON Lines with title, author and text, for the second corpus")
     parser.add_argument("--megabytes", type=int, default=600, help="of source code")
     parser.add_argument("--gigabytes", type=float, nargs="*", default=[1, 10], help="corpora to measure memory with")
     parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
@@ -227,10 +227,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpora = {"source code": source_tree(folder / "tree", arguments.megabytes)}
-        if arguments.poems.exists():
+        if arguments.poems:
             corpora["poems"] = CorpusConfig(sources=[str(arguments.poems.absolute())], template=TEMPLATE)
         else:
-            print(f"without poems: no such file: {arguments.poems}")
+            print("without the second corpus: no --poems given")
         if "rates" in arguments.only or "lanes" in arguments.only:
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
             for title, corpus in corpora.items():
