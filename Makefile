@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test lint bench clean
+.PHONY: run test test-faults lint bench clean
 .SILENT:
 
 run: $(INSTALLED)
@@ -11,6 +11,9 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -22,6 +25,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.overview
 	$(BIN)/python -m tests.benchmarks.prepare
 	$(BIN)/python -m tests.benchmarks.model
+	$(BIN)/python -m tests.benchmarks.training
 
 clean:
 	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache

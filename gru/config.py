@@ -102,7 +102,18 @@ class ModelConfig(Section):
 
 class TrainConfig(Section):
     # Where and how training runs: another choice leaves what is trained the same, up to rounding.
-    PLACEMENT: ClassVar = ("workers", "cpus_per_worker", "gpu", "threads", "checkpoint_seconds", "keep", "max_failures")
+    PLACEMENT: ClassVar = (
+        "workers",
+        "min_workers",
+        "cpus_per_worker",
+        "gpu",
+        "threads",
+        "checkpoint_seconds",
+        "checkpoint_steps",
+        "keep",
+        "max_failures",
+        "stall_seconds",
+    )
 
     steps: PositiveInt = Field(1000, description="Optimizer steps in all.")
     lanes: PositiveInt = Field(32, description="Parallel streams of text: the global batch, whatever the workers.")
@@ -118,24 +129,52 @@ class TrainConfig(Section):
     ema_decay: Share = Field(0.995, description="Decay of the moving average of the weights, which is what is served.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of weights, order of text and dropout.")
     workers: PositiveInt = Field(1, description="Processes that train together (DDP); it must not exceed `lanes`.")
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="Fewest workers to train with where the cluster has no room for all of `workers`: the run takes "
+        "as many as it can, and follows the cluster as it grows and shrinks. Absent: all or none.",
+    )
+    bitwise_elastic: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Parts that the lanes are computed in, one after the other, with gradients summed in a fixed "
+        "order: up to this many workers give bit-identical weights on CPUs. 0: plain DDP, the same up to rounding.",
+    )
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each worker.")
     gpu: bool = Field(False, description="Give each worker a GPU, and use NCCL between them.")
     threads: Annotated[int, Field(ge=0)] = Field(
-        0, description="CPU threads of each worker; 0 shares the machine's cores between the workers on it."
+        0,
+        description="CPU threads of each worker; 0 shares the machine's cores between the workers on it, or is one "
+        "with `bitwise_elastic`, since other threads may round otherwise.",
     )
     log_steps: PositiveInt = Field(10, description="Steps between two logged points.")
     heldout_steps: PositiveInt = Field(250, description="Steps between two measurements of the held-out loss.")
     heldout_tokens: PositiveInt = Field(100_000, description="Most held-out tokens read by such a measurement.")
     checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(30, description="Time between two checkpoints.")
-    keep: PositiveInt = Field(2, description="Newest checkpoints that are kept.")
+    checkpoint_steps: PositiveInt | None = Field(None, description="Steps between two checkpoints, instead of time.")
+    keep: PositiveInt = Field(
+        2, description="Newest checkpoints that are kept; the one with the lowest held-out loss always is."
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="Worker failures to recover from before giving up."
+        3,
+        description="Worker failures to recover from before giving up. A drained node is not one, and the count begins "
+        "anew with the group that takes over.",
+    )
+    stall_seconds: Annotated[float, Field(ge=5)] = Field(
+        45, description="A worker that finishes no step for this long counts as failed, and is started again."
     )
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
         if self.workers > self.lanes:
             raise ValueError(f"workers = {self.workers} exceeds lanes = {self.lanes}: each worker needs a lane")
+        if self.min_workers and self.min_workers > self.workers:
+            raise ValueError(f"min_workers = {self.min_workers} exceeds workers = {self.workers}")
+        if self.bitwise_elastic > self.lanes:
+            raise ValueError(f"bitwise_elastic = {self.bitwise_elastic} exceeds lanes = {self.lanes}: no empty parts")
+        if self.bitwise_elastic and self.workers > self.bitwise_elastic:
+            raise ValueError(
+                f"workers = {self.workers} exceeds bitwise_elastic = {self.bitwise_elastic}: each worker needs a part"
+            )
         return self
 
 

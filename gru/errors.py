@@ -1,15 +1,27 @@
-"""What a person got wrong, told apart from what we got wrong.
+"""What a person got wrong, and what happened to the machines, told apart from what we got wrong.
 
-Entry points print a UserError as one line and leave with status 2; every other exception is a defect
-and keeps its traceback.
+Entry points print these as one line; every other exception is a defect and keeps its traceback.
 """
 
 
 class UserError(ValueError):
     """A mistake in the configuration, the input or the arguments.
 
-    The message is one line that says what was wrong, where, and what would be right.
+    The message is one line that says what was wrong, where, and what would be right. Exit status 2: the same again
+    would end the same.
     """
+
+
+class GaveUp(RuntimeError):
+    """Processes, machines or services failed too often. Exit status 1: the same again may go on."""
+
+
+class Stopped(Exception):
+    """Work ended early because this process was told to, with what was done kept. Exit status 128 + signal."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def find_user_error(error: BaseException) -> UserError | None:

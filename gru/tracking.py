@@ -6,12 +6,17 @@ processes. The server is MLflow's own tracking URI (MLFLOW_TRACKING_URI). Knows 
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypedDict
+
+from gru.errors import Stopped
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Metric
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 KEY_TAG = "gru.key"
 LOSS = "train/loss"  # every point has it, so it tells which steps have been logged
@@ -55,22 +60,28 @@ class Run:
 
         if self._logged is None:
             self._logged = {step for step, _ in self.history(LOSS)}
+        logged = self._logged
         batch: list[Metric] = []
         for point in points:
-            if point["step"] in self._logged:
+            if point["step"] in logged:
                 continue
-            self._logged.add(point["step"])
+            logged.add(point["step"])
             made = [
                 Metric(name, value, int(point["time"] * 1000), point["step"])
                 for name, value in point["metrics"].items()
                 if math.isfinite(value)
             ]
             if len(batch) + len(made) > METRICS_A_CALL:
-                self.client.log_batch(self.id, metrics=batch)
+                self._send(batch)
                 batch = []
             batch += made  # a step is never split between calls, each of which is one transaction
         if batch:
-            self.client.log_batch(self.id, metrics=batch)
+            self._send(batch)
+
+    def _send(self, batch: "list[Metric]") -> None:
+        logged, self._logged = self._logged, None  # if this fails, only the server knows what it has
+        self.client.log_batch(self.id, metrics=batch)
+        self._logged = logged
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Single values; a value that was logged before is not logged again."""
@@ -103,6 +114,14 @@ class Run:
         axes.legend()
         self.client.log_figure(self.id, figure, "loss.png")
 
+    def watch_system(self) -> "SystemMetricsMonitor":
+        """Log this machine's metrics, until what is returned is finished."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        monitor = SystemMetricsMonitor(self.id, resume_logging=True)
+        monitor.start()
+        return monitor
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
             self.client.set_tag(self.id, name, value)
@@ -131,6 +150,17 @@ def open_run(experiment: str, key: str, name: str, parent: str | None = None) ->
     return Run(client, run.info.run_id, experiment_id)
 
 
+def open_metrics(uri: str, run_id: str) -> Run:
+    """A run of the server at `uri`, for metrics that are logged again later if it does not answer: it is given up
+    after seconds, not MLflow's minutes."""
+    import mlflow
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    mlflow.set_tracking_uri(uri)
+    return find_run(run_id)
+
+
 def find_run(run_id: str) -> Run:
     from mlflow import MlflowClient
 
@@ -140,10 +170,14 @@ def find_run(run_id: str) -> Run:
 
 @contextmanager
 def stage_run(experiment: str, key: str, name: str, parent: str | None = None) -> Iterator[Run]:
-    """`open_run`, finished with the block: FINISHED, or FAILED if it raised."""
+    """`open_run`, finished with the block: FINISHED, KILLED if it was stopped in order, FAILED if it raised."""
     run = open_run(experiment, key, name, parent)
     try:
         yield run
+    except Stopped:
+        with suppress(Exception):  # an MLflow that is down does not undo that it stopped in order
+            run.finish("KILLED")
+        raise
     except BaseException:
         run.finish("FAILED")
         raise

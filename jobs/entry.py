@@ -1,6 +1,7 @@
 """How every job starts and ends: read the config, call one function, print its result as the last line.
 
-Exit status 0 only if the result stands; 2 and one line for a person's mistake.
+Exit status 0 only if the result stands; one line and 2 for a person's mistake, 1 where machines failed too often,
+128 + signal where it was told to stop and did so in order.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 from gru import config as configuration
 from gru import storage
 from gru.config import PipelineConfig
-from gru.errors import UserError, find_user_error
+from gru.errors import GaveUp, Stopped, UserError, find_user_error
 
 HOME_VARIABLE = "GRU_HOME"
 
@@ -77,6 +78,12 @@ def main(stage: str, description: str, run: Callable[[PipelineConfig, Call], dic
         result = run(config, Call(arguments.parent, arguments.dataset, progress))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Stopped as stop:
+        progress(str(stop))
+        sys.exit(128 + stop.signal)
+    except GaveUp as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         mistake = find_user_error(error)
         if mistake is None:
@@ -102,8 +109,9 @@ def quiet_libraries() -> None:
         os.environ.setdefault(variable, value)
     for variable in ("NO_PROXY", "no_proxy"):  # the embedded services are on this machine
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1", "localhost"]))
-    if "RAY_ADDRESS" not in os.environ:
-        # A Ray of this process's own binds to the loopback address alone, which Ray calls not being a cluster.
+    if os.environ.get("RAY_ADDRESS", "127.0.0.1").startswith("127.0.0.1"):
+        # A Ray of this process's own binds to the loopback address alone, which Ray calls not being a cluster; and one
+        # that does so is not found without this, since Ray takes its own outer address for that one.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 

@@ -40,7 +40,8 @@ class RayJobs:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"no Ray job server answers at {address} (RAY_ADDRESS): {reason}") from None
-        self.runtime_env: dict[str, object] = {"env_vars": environment}
+        # A job that is stopped saves what it has; Ray would kill it after 3 s.
+        self.runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", **environment}}
         self.python = [sys.executable, "-P"]  # not what may be called jobs in the current directory
         if working_dir is not None:
             self.runtime_env["working_dir"] = working_dir

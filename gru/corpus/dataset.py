@@ -118,14 +118,21 @@ class Dataset:
 
     def read_segment(self, segment: Segment) -> Tokens:
         """Its tokens [tokens], documents end to end."""
-        return self._read(segment).values.to_numpy()
+        return self._tokens(segment).values.to_numpy()
+
+    def documents(self, segment: Segment, start: int, stop: int) -> list[int]:
+        """Hashes of the documents that tokens [start, stop) of a segment belong to, in order."""
+        rows = self._read(segment, ["document", "tokens"])
+        ends = np.cumsum(pc.list_value_length(rows["tokens"]).to_numpy())
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        return rows["document"].to_pylist()[first : last + 1]
 
     def texts(self, split: Split) -> Iterator[str]:
         """The documents of a split, decoded."""
         tokenizer = self.tokenizer()
         parts: list[Tokens] = []
         for segment in self.segments(split):
-            for row in self._read(segment):
+            for row in self._tokens(segment):
                 parts.append(row.values.to_numpy())
                 if parts[-1][-1] == self.manifest.end_of_text:
                     yield decode(tokenizer, np.concatenate(parts)).decode()
@@ -153,17 +160,21 @@ class Dataset:
                 if storage.file_digest(path) != shard.digest:
                     raise UserError(f"{path}: damaged: not what {MANIFEST} says")
 
-    def _read(self, segment: Segment) -> pa.ListArray:
+    def _tokens(self, segment: Segment) -> pa.ListArray:
+        rows = self._read(segment, ["tokens"])["tokens"].combine_chunks()
+        if len(rows.values) != segment.tokens:
+            path = storage.join(self.directory, segment.shard)
+            raise UserError(f"{path}: damaged: not the tokens that {MANIFEST} says")
+        return rows
+
+    def _read(self, segment: Segment, columns: list[str]) -> pa.Table:
         path = storage.join(self.directory, segment.shard)
         with _readable(path), fsspec.open(path, "rb") as file:
             if segment.shard not in self._footers and file.seek(0, 2) != self._shards[segment.shard].file_bytes:
                 raise UserError(f"{path}: damaged: not of the size that {MANIFEST} says")
             reader = pq.ParquetFile(file, metadata=self._footers.get(segment.shard))
             self._footers[segment.shard] = reader.metadata
-            rows = reader.read_row_group(segment.row_group, columns=["tokens"])["tokens"].combine_chunks()
-        if len(rows.values) != segment.tokens:
-            raise UserError(f"{path}: damaged: not the tokens that {MANIFEST} says")
-        return rows
+            return reader.read_row_group(segment.row_group, columns=columns)
 
 
 def decode(tokenizer: Tokenizer, tokens: Tokens) -> bytes:

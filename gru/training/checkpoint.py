@@ -6,8 +6,11 @@ execute code.
 
 import json
 import logging
+import math
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,11 @@ class Checkpoint:
     def step(self) -> int:
         return self.state["step"]
 
+    @property
+    def heldout_loss(self) -> float | None:
+        """Nats per token, if it was measured with these weights."""
+        return self.state.get("heldout_loss")
+
 
 def write_digests(directory: Path) -> None:
     """Write digests.json over the files of a flat directory, which completes it."""
@@ -60,11 +68,24 @@ def read_verified(path: str) -> dict[str, bytes]:
     return files
 
 
-def save(checkpoint: Checkpoint, directory: Path) -> None:
-    for stem, tensors in checkpoint.tensors.items():
-        (directory / f"{stem}.safetensors").write_bytes(save_tensors(tensors))
-    (directory / STATE).write_text(json.dumps(checkpoint.state, indent=1))
-    write_digests(directory)
+def save(checkpoint: Checkpoint, path: str) -> None:
+    """Write a checkpoint to storage, a file at a time; it is complete, and found, with the last of them. Raises what
+    the storage raises, with as much of it gone as the storage lets go: half a checkpoint must not fill a full disk."""
+    digests: dict[str, str] = {}
+
+    def write(name: str, data: bytes) -> None:
+        storage.write_bytes(storage.join(path, name), data)
+        digests[name] = storage.sha256(data)
+
+    try:
+        for stem, tensors in checkpoint.tensors.items():
+            write(f"{stem}.safetensors", save_tensors(tensors))
+        write(STATE, json.dumps(checkpoint.state, indent=1).encode())
+        storage.write_json(storage.join(path, DIGESTS), digests)
+    except Exception:
+        with suppress(Exception):
+            storage.remove(path)
+        raise
 
 
 def load(path: str) -> Checkpoint:
@@ -103,22 +124,49 @@ def newest(run: str, identity: dict[str, Any]) -> str | None:
         for key, wanted in identity.items():
             found = checkpoint.state["identity"].get(key)
             if found != wanted:
-                raise UserError(f"{path}: cannot resume: its {key} is {found}, but this run's is {wanted}")
+                raise UserError(f"{path}: cannot resume: {_difference(key, found, wanted)}")
         return path
     return None
 
 
+def _difference(key: str, found: Any, wanted: Any) -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        name = next(name for name in found | wanted if found.get(name) != wanted.get(name))
+        return _difference(f"{key}.{name}", found.get(name), wanted.get(name))
+    return f"its {key} is {found}, but this run's is {wanted}"
+
+
 def discard_others(run: str, used: str | None) -> None:
-    """Remove the checkpoints that are newer than the one in use: they are damaged, and must not count as kept."""
-    for path in paths(run):
+    """Remove the checkpoints that are newer than the one in use: they are damaged, and must not count as kept.
+
+    Without one in use nothing is removed: storage may only seem to be empty."""
+    for path in paths(run) if used else []:
         if path == used:
             return
         storage.remove(path)
 
 
+def best_heldout_loss(run: str) -> float:
+    """The lowest of the run's checkpoints; infinity if there is none."""
+    return min((loss for _, loss in _measured(paths(run))), default=math.inf)
+
+
 def prune(run: str, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints. What is incomplete has been given up and goes too."""
+    """Remove all but the `keep` newest checkpoints and the one with the lowest held-out loss. What is incomplete has
+    been given up and goes too."""
     complete = [path for path in paths(run) if storage.exists(storage.join(path, DIGESTS))]
+    kept = set(complete[:keep])
+    if measured := list(_measured(complete)):
+        kept.add(min(measured, key=lambda pair: pair[1])[0])
     for path in paths(run):
-        if path not in complete[:keep]:
+        if path not in kept:
             storage.remove(path)
+
+
+def _measured(found: list[str]) -> Iterator[tuple[str, float]]:
+    """Checkpoints with a held-out loss, and that loss."""
+    for path in found:
+        with suppress(FileNotFoundError, ValueError):  # half-made, or damaged
+            loss = storage.read_json(storage.join(path, STATE)).get("heldout_loss")
+            if loss is not None:
+                yield path, loss

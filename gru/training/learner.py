@@ -1,11 +1,12 @@
 """What learns: a model, its optimizer, its moving average and the states of the lanes it owns.
 
 Plain PyTorch over one process of a group. It knows neither Ray nor where tokens come from.
-T time, B own lanes, G all lanes, L layers, H hidden.
+T time, B own lanes, G all lanes, L layers, H hidden, P parameters end to end.
 """
 
 import copy
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,30 @@ from gru.evaluation import stream_loss
 from gru.model.language_model import GRULanguageModel
 from gru.model.precision import PRODUCTS, resolve
 from gru.training.checkpoint import Checkpoint
+from gru.training.reduction import tree_sum
+
+OPTIMIZER_FIELDS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def own_lanes(lanes: int, rank: int, world: int) -> range:
-    """The lanes of worker `rank` among `world` workers."""
-    return range(rank * lanes // world, (rank + 1) * lanes // world)
+class Diverged(Exception):
+    """A step's gradient is not finite. The learner is as it was before that step."""
+
+    def __init__(self, step: int, norm: float) -> None:
+        super().__init__(f"the gradient's norm is {norm} at step {step}")
+
+
+def share(total: int, rank: int, world: int) -> range:
+    """What worker `rank` of `world` has of `total` things in a row."""
+    return range(rank * total // world, (rank + 1) * total // world)
+
+
+def own_lanes(config: TrainConfig, rank: int, world: int) -> range:
+    """The lanes of a worker: whole parts of `bitwise_elastic` if there are such."""
+    if not config.bitwise_elastic:
+        return share(config.lanes, rank, world)
+    parts = share(config.bitwise_elastic, rank, world)
+    ends = (share(config.lanes, part, config.bitwise_elastic) for part in (parts[0], parts[-1]))
+    return range(next(ends).start, next(ends).stop)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -66,14 +86,16 @@ class Learner:
         self.end_of_text = end_of_text
         self.rank, self.world = rank, world
         self.device = device or torch.device("cpu")
-        self.lanes = own_lanes(config.lanes, rank, world)
+        self.shares = [own_lanes(config, other, world) for other in range(world)]
+        self.lanes = self.shares[rank]
         self.step = 0
         torch.manual_seed(config.seed)
         self.precision = resolve(model, self.device)
         self.model = GRULanguageModel(model, vocab_size, PRODUCTS[self.precision]).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         objective = Objective(self.model)
-        self.objective = DistributedDataParallel(objective) if world > 1 else objective
+        reduced = world > 1 and not config.bitwise_elastic
+        self.objective = DistributedDataParallel(objective) if reduced else objective
         self.state_LBH = self.model.initial_state(len(self.lanes))
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() == 1]
@@ -85,25 +107,88 @@ class Learner:
             betas=(0.9, config.beta2),
             fused=True,
         )
+        if reduced:
+            self._settle_buckets()
 
-    def train_step(self, inputs_TB: np.ndarray, targets_TB: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _settle_buckets(self) -> None:
+        """A step whose gradients are thrown away. After its first backward, DDP lays out its buckets anew, by the order
+        in which gradients came; where more than two workers sum, that changes bits, and the first step after a resume
+        would differ from the same step of an undisturbed run."""
+        tokens_TB = torch.zeros(self.config.window, len(self.lanes), dtype=torch.int64, device=self.device)
+        for _ in range(2):
+            total, _ = self.objective(tokens_TB, tokens_TB, self.state_LBH, self._dropout_masks())
+            total.backward()
+        self.optimizer.zero_grad()
+
+    def train_step(self, inputs_TB: np.ndarray, targets_TB: np.ndarray) -> tuple[Tensor, float]:
         """One optimizer step on the own lanes' window. Returns this worker's part of the mean loss over all lanes
-        (nats per token; the parts of all workers add up) and the norm of the gradient before clipping."""
+        (nats per token; the parts of all workers add up) and the norm of the gradient before clipping.
+
+        Raises Diverged, in all workers at once, if the gradient is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.step)
-        total, state_LBH = self.objective(
-            self._tensor(inputs_TB), self._tensor(targets_TB), self.state_LBH, self._dropout_masks()
-        )
-        self.state_LBH = state_LBH.detach()
-        part = total / (len(inputs_TB) * self.config.lanes)
         self.optimizer.zero_grad()
-        (part * self.world).backward()  # DDP divides the sum of gradients by the number of workers
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        step = self._step_in_parts if self.config.bitwise_elastic else self._step_at_once
+        part, state_LBH = step(self._tensor(inputs_TB), self._tensor(targets_TB), self._dropout_masks())
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise Diverged(self.step + 1, norm)
+        self.state_LBH = state_LBH
         self.optimizer.step()
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
-        return part.detach(), norm
+        return part, norm
+
+    def _step_at_once(self, inputs_TB: Tensor, targets_TB: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Gradients of the mean loss over all lanes, summed by DDP; the own part of that loss, and the next states."""
+        total, state_LBH = self.objective(inputs_TB, targets_TB, self.state_LBH, masks)
+        part = total / (len(inputs_TB) * self.config.lanes)
+        (part * self.world).backward()  # DDP divides the sum of gradients by the number of workers
+        return part.detach(), state_LBH.detach()
+
+    def _step_in_parts(self, inputs_TB: Tensor, targets_TB: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As `_step_at_once`, from products of one shape and sums of one order, whatever the workers."""
+        parts = self.config.bitwise_elastic
+        owners = [rank for rank in range(self.world) for _ in share(parts, rank, self.world)]
+        parameters = list(self.model.parameters())
+        losses, states = [], []
+
+        def gradient_of(part: int) -> Tensor:
+            lanes = share(self.config.lanes, part, parts)
+            own = slice(lanes.start - self.lanes.start, lanes.stop - self.lanes.start)
+            total, state_LBH = self.objective(
+                inputs_TB[:, own],
+                targets_TB[:, own],
+                self.state_LBH[:, own],
+                None if masks is None else masks[:, own],
+            )
+            loss = total / (len(inputs_TB) * self.config.lanes)
+            losses.append(loss.detach())
+            states.append(state_LBH.detach())
+            return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+
+        out_P = parameters[0].new_empty(sum(parameter.numel() for parameter in parameters))
+        gradient_P = tree_sum(gradient_of, owners, self.rank, out_P)
+        for parameter, gradient in zip(parameters, gradient_P.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+        return torch.stack(losses).sum(), torch.cat(states, dim=1)
+
+    def suspects(self, inputs_TB: np.ndarray, targets_TB: np.ndarray, beat: Callable[[], None]) -> list[int]:
+        """After Diverged: the own lanes whose window alone gives a gradient that is not finite."""
+        inputs, targets, masks = self._tensor(inputs_TB), self._tensor(targets_TB), self._dropout_masks()
+        found = []
+        for index, lane in enumerate(self.lanes):
+            beat()
+            own = slice(index, index + 1)
+            state_LBH, mask = self.state_LBH[:, own], None if masks is None else masks[:, own]
+            total, _ = self.model.loss(inputs[:, own], targets[:, own], state_LBH, mask)
+            gradients = torch.autograd.grad(total, list(self.model.parameters()))
+            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                found.append(lane)
+        return found
 
     def _dropout_masks(self) -> Tensor | None:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
@@ -113,32 +198,47 @@ class Learner:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def heldout_loss(self, tokens: np.ndarray) -> float:
-        """Mean loss of the averaged weights over a stream of tokens, in nats per token; each worker reads a part."""
+    def heldout_loss(self, tokens: np.ndarray, beat: Callable[[], None] = lambda: None) -> float:
+        """Mean loss of the averaged weights over a stream of tokens, in nats per token; each worker reads a part.
+
+        beat: called before each batch."""
         lanes = max(self.world, min(16, self.config.lanes))
-        own = own_lanes(lanes, self.rank, self.world)
-        batches = (
-            tuple(part[:, own.start : own.stop] for part in batch)
-            for batch in stream_batches(tokens, lanes, 256, self.end_of_text)
-        )
-        return self.sum_over_workers([stream_loss(self.average, batches, len(own))])[0] / len(tokens)
+        own = share(lanes, self.rank, self.world)
+
+        def batches() -> Iterator[tuple[np.ndarray, ...]]:
+            for batch in stream_batches(tokens, lanes, 256, self.end_of_text):
+                beat()
+                yield tuple(part[:, own.start : own.stop] for part in batch)
+
+        return self.sum_over_workers([stream_loss(self.average, batches(), len(own))])[0] / len(tokens)
 
     def sum_over_workers(self, values: list[float]) -> list[float]:
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        totals = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(totals)
         return totals.tolist()
 
+    def agree(self, value: int) -> int:
+        """Rank 0's value, in all workers."""
+        if self.world == 1:
+            return value
+        box = torch.tensor([value])
+        dist.broadcast(box, 0)
+        return int(box)
+
     def checkpoint(self, state: dict[str, Any]) -> Checkpoint:
-        """All that is needed to go on exactly, the states of all workers' lanes included. Called by all at once."""
+        """All that is needed to go on exactly, the states of all workers' lanes included. Called by all at once;
+        rank 0's has the tensors."""
         states = [self.state_LBH]
         if self.world > 1:
-            widths = [len(own_lanes(self.config.lanes, rank, self.world)) for rank in range(self.world)]
+            widths = [len(lanes) for lanes in self.shares]
             layers, _, hidden = self.state_LBH.shape
             states = [self.state_LBH.new_empty(layers, max(widths), hidden) for _ in widths]
             padded = F.pad(self.state_LBH, (0, 0, 0, max(widths) - len(self.lanes)))
             dist.all_gather(states, padded.contiguous())
             states = [part[:, :width] for part, width in zip(states, widths, strict=True)]
+        if self.rank:
+            return Checkpoint({}, {**state, "step": self.step})
         tensors = {
             "model": self.model.state_dict(),
             "ema": self.average.state_dict(),
@@ -157,15 +257,18 @@ class Learner:
         self.average.load_state_dict(checkpoint.tensors["ema"])
         state = checkpoint.tensors["lanes"]["state"][:, self.lanes.start : self.lanes.stop]
         self.state_LBH = state.contiguous().to(self.device)
+        moments = checkpoint.tensors["optimizer"]
         for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                field: checkpoint.tensors["optimizer"][f"{field}/{name}"].to(self.device).clone()
-                for field in ("step", "exp_avg", "exp_avg_sq")
-            }
+            fields = [field for field in OPTIMIZER_FIELDS if f"{field}/{name}" in moments]
+            if fields:
+                self.optimizer.state[parameter] = {
+                    field: moments[f"{field}/{name}"].to(self.device).clone() for field in fields
+                }
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """None before the first step."""
         return {
-            f"{field}/{name}": self.optimizer.state[parameter][field]
+            f"{field}/{name}": tensor
             for name, parameter in self.model.named_parameters()
-            for field in ("step", "exp_avg", "exp_avg_sq")
+            for field, tensor in self.optimizer.state.get(parameter, {}).items()
         }

@@ -1,18 +1,23 @@
 """What each worker of a training run does, from its start to the last step.
 
-Runs inside Ray Train. Metrics are buffered and logged with the checkpoint that commits them, so a resumed run has
-each point once.
+Runs inside Ray Train, which places the workers and starts them again. Checkpoints are our own: written by rank 0 while
+training goes on, and found by their digests, whatever was killed. `ray.train.report` is not used: it makes all workers
+wait for each other, and the note that it keeps is written in place, so that a kill can truncate it.
 """
 
+import logging
 import math
 import os
-import tempfile
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
@@ -22,10 +27,23 @@ from ray.train.collective import broadcast_from_rank_zero
 from gru import storage, tracking
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.dataset import Dataset, open_dataset
-from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.corpus.lanes import LaneOrder, LaneReader, Tokens
+from gru.errors import UserError
 from gru.model.precision import Precision, resolve
 from gru.training import checkpoint as checkpoints
-from gru.training.learner import Learner
+from gru.training.checkpoint import Checkpoint
+from gru.training.commits import Committer
+from gru.training.leader import LEAVE, LOOK, SAVE, Leader
+from gru.training.learner import Diverged, Learner
+from gru.training.scribe import hire
+from gru.training.watchdog import Watchdog
+
+READ_PATIENCE_SECONDS = 30.0
+SAVE_PATIENCE_SECONDS = 120.0
+LOG_PATIENCE_SECONDS = 60.0
+DIVERGENCE = "divergence.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,40 +66,60 @@ def work(told: dict[str, Assignment]) -> None:
     config = assignment.train
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
-    dataset = open_dataset(assignment.dataset)
-    manifest = dataset.manifest
-    device = ray.train.torch.get_device()
-    path = _choose_checkpoint(assignment, rank)
-    resumed = checkpoints.load(path) if path else None
-    model = assignment.model.model_copy(update={"precision": _choose_precision(assignment, resumed, device, rank)})
-    learner = Learner(model, config, manifest.vocab_size, manifest.end_of_text, rank, world, device)
-    if resumed:
-        learner.restore(resumed)
-    segments = dataset.segments("train")
-    order = LaneOrder([segment.tokens for segment in segments], config.seed, config.lanes, config.window)
-    heldout = heldout_tokens(dataset, config.heldout_tokens)
-    recorder = Recorder(assignment, resumed) if rank == 0 else None
-    with LaneReader(
-        order, lambda index: dataset.read_segment(segments[index]), manifest.end_of_text, learner.lanes
-    ) as reader:
-        _train(assignment, learner, reader, heldout, recorder)
-    if recorder:
-        recorder.close()
+    if rank == 0:
+        ray.get(assignment.progress.occupy.remote(ray.util.get_current_placement_group()))
+    torch.set_num_threads(_threads(config, context.get_local_world_size()))
+    with Watchdog(config.stall_seconds, partial(_stalled, assignment, rank)) as watchdog:
+        dataset = open_dataset(assignment.dataset)
+        device = ray.train.torch.get_device()
+        path = _choose_checkpoint(assignment, rank, watchdog)
+        watchdog.beat()
+        resumed = checkpoints.load(path) if path else None
+        model = assignment.model.model_copy(update={"precision": _choose_precision(assignment, resumed, device, rank)})
+        manifest = dataset.manifest
+        learner = Learner(model, config, manifest.vocab_size, manifest.end_of_text, rank, world, device)
+        if resumed:
+            learner.restore(resumed)
+        watchdog.beat()
+        Session(assignment, dataset, learner, watchdog).run(resumed)
 
 
-def _choose_checkpoint(assignment: Assignment, rank: int) -> str | None:
+def _threads(config: TrainConfig, workers_here: int) -> int:
+    if config.threads or config.bitwise_elastic:
+        return config.threads or 1
+    return max(1, len(os.sched_getaffinity(0)) // workers_here)
+
+
+def _choose_checkpoint(assignment: Assignment, rank: int, watchdog: Watchdog) -> str | None:
     """The one to go on from: rank 0 looks, so that all take the same."""
     path = None
     if rank == 0:
+        _wait_for_storage(assignment, watchdog)
         path = checkpoints.newest(assignment.run, assignment.identity)
         checkpoints.discard_others(assignment.run, path)
     return broadcast_from_rank_zero(path)
 
 
-def _choose_precision(
-    assignment: Assignment, resumed: checkpoints.Checkpoint | None, device: torch.device, rank: int
-) -> Precision:
+def _wait_for_storage(assignment: Assignment, watchdog: Watchdog) -> None:
+    """Ray Train has made the run's directory. Where it is not there, neither are its checkpoints, and to begin anew
+    would be wrong."""
+    deadline = time.monotonic() + READ_PATIENCE_SECONDS
+    while storage.is_local(assignment.run) and not Path(assignment.run).is_dir():
+        if time.monotonic() > deadline:
+            raise OSError(f"{assignment.run} is gone")
+        watchdog.beat()
+        time.sleep(1)
+
+
+def _stalled(assignment: Assignment, rank: int, place: str, stack: str) -> None:
+    line = f"worker {rank} has finished no step for train.stall_seconds = {assignment.train.stall_seconds}"
+    log.error("%s\n%s", line, stack)
+    with suppress(Exception):
+        ray.get(assignment.progress.say.remote(f"{line}: it is {place}"), timeout=5)
+    os._exit(1)  # which Ray Train notices, and starts the group again
+
+
+def _choose_precision(assignment: Assignment, resumed: Checkpoint | None, device: torch.device, rank: int) -> Precision:
     """The one that the run began with, else what suits the machine of rank 0, so that all take the same."""
     precision = None
     if rank == 0:
@@ -89,82 +127,173 @@ def _choose_precision(
     return broadcast_from_rank_zero(precision)
 
 
-def _train(
-    assignment: Assignment,
-    learner: Learner,
-    reader: LaneReader,
-    heldout: np.ndarray,
-    recorder: "Recorder | None",
-) -> None:
-    config = assignment.train
-    meter = Meter()
-    last_checkpoint = time.monotonic()
-    while learner.step < config.steps:
-        waited = time.monotonic()
-        inputs_TB, targets_TB = reader.batch(learner.step)
-        meter.data_wait += time.monotonic() - waited
-        loss, norm = learner.train_step(inputs_TB, targets_TB)
-        meter.add(loss, inputs_TB.shape[0] * config.lanes)
-        done = learner.step == config.steps
-        if learner.step % config.log_steps and not done:
-            continue
-        # Rank 0's clock decides for all: its share of the second sum is the only one that is not zero.
-        due = done or time.monotonic() - last_checkpoint > config.checkpoint_seconds
-        mean_loss, due_sum = learner.sum_over_workers([meter.mean_loss(), float(due and learner.rank == 0)])
-        # The last step's gradient is already in weights that no loss has been measured with.
-        for what, value in (("loss", mean_loss), ("gradient's norm", float(norm))):
-            if not math.isfinite(value):
-                if learner.rank == 0:
-                    ray.get(assignment.progress.give_up.remote(_divergence(learner.step, what, value)))
-                return  # not an error of this process: it would be tried again, and end the same
-        metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": float(norm), **meter.rates()}
-        metrics["train/learning_rate"] = learner.optimizer.param_groups[0]["lr"]
-        if learner.step % config.heldout_steps < config.log_steps or done:
-            metrics["heldout/loss"] = learner.heldout_loss(heldout)
-        if recorder:
-            recorder.add(learner.step, metrics)
-        if due_sum:
+class Session:
+    """The steps of one worker, from where its learner is to the last one, or to where all are told to leave."""
+
+    def __init__(self, assignment: Assignment, dataset: Dataset, learner: Learner, watchdog: Watchdog) -> None:
+        self.assignment, self.dataset, self.learner, self.watchdog = assignment, dataset, learner, watchdog
+        self.config = config = assignment.train
+        self.segments = dataset.segments("train")
+        self.order = LaneOrder([segment.tokens for segment in self.segments], config.seed, config.lanes, config.window)
+        self.leader: Leader | None = None
+
+    def run(self, resumed: Checkpoint | None) -> None:
+        learner, config = self.learner, self.config
+        heldout = heldout_tokens(self.dataset, config.heldout_tokens)
+        with ExitStack() as stack:
+            if learner.rank == 0:
+                self._lead(stack, resumed)
+            reader = LaneReader(self.order, self._read, self.dataset.manifest.end_of_text, learner.lanes)
+            stack.enter_context(reader)
+            meter = Meter.resumed(resumed.state["since_point"], learner) if resumed else Meter()
+            while learner.step < config.steps:
+                waited = time.monotonic()
+                batch = reader.batch(learner.step)
+                meter.data_wait += time.monotonic() - waited
+                try:
+                    loss, norm = learner.train_step(*batch)
+                except Diverged as divergence:
+                    self._diverged(divergence, meter, *batch)
+                    return
+                self.watchdog.beat()
+                meter.add(loss, batch[0].shape[0] * config.lanes)
+                done = learner.step == config.steps
+                heldout_loss = None
+                if learner.step % config.heldout_steps == 0 or done:
+                    heldout_loss = learner.heldout_loss(heldout, self.watchdog.beat)
+                    if not math.isfinite(heldout_loss):  # an update that was finite was yet too large for its weights
+                        self._end({"diverged": _advice(f"the held-out loss is {heldout_loss} at step {learner.step}")})
+                        return
+                if learner.step % config.log_steps == 0 or done or heldout_loss is not None:
+                    self._log(meter, norm, heldout_loss)
+                    meter = Meter()
+                if not self._obey(meter, heldout_loss, done):
+                    return
+
+    def _lead(self, stack: ExitStack, resumed: Checkpoint | None) -> None:
+        """What only rank 0 has: commits, decisions, and the machine's metrics."""
+        assignment, step = self.assignment, self.learner.step
+
+        scribe = hire(assignment.tracking_uri, assignment.tracking_run)
+
+        def log_points(points: list[tracking.Point]) -> None:
+            ray.get(scribe.log.remote(points), timeout=LOG_PATIENCE_SECONDS)
+
+        def close() -> None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(scribe.close.remote(), timeout=5)
+
+        stack.callback(close)
+        points = resumed.state["points"] if resumed else []
+        best = checkpoints.best_heldout_loss(assignment.run)
+        say: Any = assignment.progress.say.remote
+        committer = Committer(assignment.run, self.config.keep, log_points, points, best, say)
+        stack.callback(committer.close)
+        self.leader = Leader(self.config, committer, assignment.progress, step)
+
+    def _read(self, index: int) -> Tokens:
+        """A segment. Storage may be away for a while."""
+        deadline = time.monotonic() + READ_PATIENCE_SECONDS
+        while True:
+            try:
+                return self.dataset.read_segment(self.segments[index])
+            except UserError as error:
+                if time.monotonic() > deadline:
+                    raise
+                self.assignment.progress.say.remote(f"waiting: {error}")
+                time.sleep(2)
+
+    def _log(self, meter: "Meter", norm: float, heldout_loss: float | None) -> None:
+        [mean_loss] = self.learner.sum_over_workers([meter.mean_loss()])
+        if self.leader is None:
+            return
+        metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": norm, **meter.rates()}
+        metrics["train/learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
+        if heldout_loss is not None:
+            metrics["heldout/loss"] = heldout_loss
+        self.leader.add(self.learner.step, metrics)
+
+    def _obey(self, meter: "Meter", heldout_loss: float | None, done: bool) -> bool:
+        """Do what rank 0 decides after a step; False if that is to leave. The last checkpoint is waited for."""
+        learner = self.learner
+        decision = LEAVE if done else 0
+        if self.leader and not done:
+            decision = self.leader.decide(learner.step, heldout_loss)
+        decision = learner.agree(decision)
+        outcome = None
+        if decision & LEAVE:
+            outcome = {} if done else {"stopped": learner.step}
+        elif decision & LOOK and ray.train.get_preemption_info() is not None:
+            outcome = {"preempted": learner.step}
+        if outcome is not None:
+            unsaved = self._save_last(meter, heldout_loss)
+            self._end({"unsaved": unsaved} if unsaved else outcome)
+            return False
+        if decision & SAVE:
             started = time.monotonic()
-            _commit(assignment, learner, recorder)
-            last_checkpoint = time.monotonic()
-            if recorder:
-                recorder.checkpoint_seconds = last_checkpoint - started
-        meter = Meter()
+            checkpoint = self._checkpoint(meter, heldout_loss)
+            if self.leader:
+                self.leader.committer.begin(checkpoint)
+                self.leader.saved(learner.step)
+            meter.checkpoint_wait += time.monotonic() - started
+        return True
+
+    def _checkpoint(self, meter: "Meter", heldout_loss: float | None) -> Checkpoint:
+        [loss] = self.learner.sum_over_workers([float(meter.loss)])
+        state = {
+            "identity": self.assignment.identity,
+            "seed": self.config.seed,
+            "precision": self.learner.precision,
+            "heldout_loss": heldout_loss,
+            "versions": {"torch": str(torch.__version__), "ray": ray.__version__},
+            "since_point": {"loss": loss, "steps": meter.steps},
+            "points": self.leader.committer.points() if self.leader else [],
+        }
+        return self.learner.checkpoint(state)
+
+    def _save_last(self, meter: "Meter", heldout_loss: float | None) -> str | None:
+        """Why it could not be saved, if so; rank 0 knows."""
+        checkpoint = self._checkpoint(meter, heldout_loss)
+        if self.leader and not self.leader.committer.finish(checkpoint, SAVE_PATIENCE_SECONDS, self.watchdog.beat):
+            return f"step {self.learner.step:,} could not be saved: {self.leader.committer.failed}"
+        return None
+
+    def _diverged(self, divergence: Diverged, meter: "Meter", inputs_TB: np.ndarray, targets_TB: np.ndarray) -> None:
+        """Save what was good, and say what was not: the lanes, and the documents that they read."""
+        learner = self.learner
+        suspects = set(learner.suspects(inputs_TB, targets_TB, self.watchdog.beat))
+        marks = learner.sum_over_workers([float(lane in suspects) for lane in range(self.config.lanes)])
+        saved = self._save_last(meter, None) or f"saved at step {learner.step}"
+        if self.leader is None:
+            return
+        epoch, start, stop = self.order.window_of(learner.step)
+        lanes = [
+            {
+                "lane": lane,
+                "documents": [
+                    f"0x{document:016x}"
+                    for segment, first, after in self.order.slices(epoch, lane, start, stop)
+                    for document in self.dataset.documents(self.segments[segment], first, after)
+                ],
+            }
+            for lane, mark in enumerate(marks)
+            if mark
+        ]
+        path = storage.join(self.assignment.run, DIVERGENCE)
+        with suppress(OSError):  # what is said matters more than what is written
+            storage.write_json(path, {"step": learner.step + 1, "reason": str(divergence), "lanes": lanes})
+        where = f" in {len(lanes)} of {len(marks)} lanes" if lanes else ", though in no lane alone"
+        reason = f"{divergence}{where} (their documents: {path}); {saved}"
+        self._end({"diverged": _advice(reason)})
+
+    def _end(self, outcome: dict[str, Any]) -> None:
+        """Tell the driver why all leave. An exception would not do: Ray Train would try the same again."""
+        if self.leader and outcome:
+            ray.get(self.assignment.progress.end.remote(outcome))
 
 
-def _divergence(step: int, what: str, value: float) -> str:
-    return f"training diverged: the {what} is {value} at step {step}: lower train.learning_rate or train.clip"
-
-
-def _commit(assignment: Assignment, learner: Learner, recorder: "Recorder | None") -> None:
-    """Save, report to Ray Train, and then log the points that this checkpoint covers."""
-    state = {
-        "identity": assignment.identity,
-        "seed": assignment.train.seed,
-        "precision": learner.precision,
-        "versions": {"torch": str(torch.__version__), "ray": ray.__version__},
-        "points": recorder.points if recorder else [],
-    }
-    checkpoint = learner.checkpoint(state)
-    if recorder is None:
-        ray.train.report({})
-        return
-    name = checkpoints.new_name(learner.step)
-    with tempfile.TemporaryDirectory(prefix="gru-checkpoint-") as directory:
-        checkpoints.save(checkpoint, Path(directory))
-        ray.train.report(
-            {"step": learner.step, "loss": recorder.loss},
-            ray.train.Checkpoint.from_directory(directory),
-            checkpoint_dir_name=name,
-            checkpoint_upload_fn=lambda local, name: _upload(Path(local.path), storage.join(assignment.run, name)),
-        )
-    recorder.commit()
-    checkpoints.prune(assignment.run, assignment.train.keep)
-
-
-def _upload(directory: Path, path: str) -> ray.train.Checkpoint:
-    storage.upload(directory, path, last=checkpoints.DIGESTS)
-    return ray.train.Checkpoint(path)
+def _advice(reason: str) -> str:
+    return f"training diverged: {reason}: lower train.learning_rate or train.clip"
 
 
 def heldout_tokens(dataset: Dataset, most: int) -> np.ndarray:
@@ -180,20 +309,24 @@ def heldout_tokens(dataset: Dataset, most: int) -> np.ndarray:
 class Meter:
     """Loss and rates since the last logged point."""
 
-    def __init__(self) -> None:
+    def __init__(self, loss: float = 0.0, steps: int = 0) -> None:
         self.started = time.monotonic()
-        self.data_wait = 0.0
-        self.loss: torch.Tensor | None = None
-        self.steps = 0
+        self.data_wait = self.checkpoint_wait = 0.0
+        self.loss: torch.Tensor | float = loss
+        self.steps = steps
         self.tokens = 0
 
+    @classmethod
+    def resumed(cls, since_point: dict[str, Any], learner: Learner) -> "Meter":
+        """As it was when a checkpoint was made between two points; rank 0 has what all had."""
+        return cls(since_point["loss"] if learner.rank == 0 else 0.0, since_point["steps"])
+
     def add(self, loss: torch.Tensor, tokens: int) -> None:
-        self.loss = loss if self.loss is None else self.loss + loss
+        self.loss = self.loss + loss
         self.steps += 1
         self.tokens += tokens
 
     def mean_loss(self) -> float:
-        assert self.loss is not None
         return float(self.loss) / self.steps
 
     def rates(self) -> dict[str, float]:
@@ -201,47 +334,5 @@ class Meter:
         return {
             "train/tokens_per_second": self.tokens / elapsed,
             "train/data_wait_share": self.data_wait / elapsed,
+            "train/checkpoint_wait_share": self.checkpoint_wait / elapsed,
         }
-
-
-class Recorder:
-    """Rank 0's account of the run: points waiting for their checkpoint, MLflow, and the line that people see."""
-
-    def __init__(self, assignment: Assignment, resumed: checkpoints.Checkpoint | None) -> None:
-        import mlflow
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        self.assignment = assignment
-        self.points: list[tracking.Point] = []
-        self.loss = self.heldout_loss = float("nan")
-        self.checkpoint_seconds: float | None = None
-        self.started = time.monotonic()
-        self.first_step = resumed.step if resumed else 0
-        mlflow.set_tracking_uri(assignment.tracking_uri)
-        self.run = tracking.find_run(assignment.tracking_run)
-        if resumed:  # its points, if whoever saved it was killed before logging them
-            self.run.log_points(resumed.state["points"])
-        self.monitor = SystemMetricsMonitor(assignment.tracking_run, resume_logging=True)
-        self.monitor.start()
-
-    def add(self, step: int, metrics: dict[str, float]) -> None:
-        self.loss = metrics[tracking.LOSS]
-        self.heldout_loss = metrics.get("heldout/loss", self.heldout_loss)
-        if self.checkpoint_seconds is not None:
-            metrics["train/checkpoint_seconds"] = self.checkpoint_seconds
-            self.checkpoint_seconds = None
-        self.points.append({"step": step, "time": time.time(), "metrics": metrics})
-        steps = self.assignment.train.steps
-        left = (time.monotonic() - self.started) / (step - self.first_step) * (steps - step)
-        line = f"step {step:,}/{steps:,}, loss {self.loss:.3f}"
-        if self.heldout_loss == self.heldout_loss:
-            line += f", held-out {self.heldout_loss:.3f}"
-        line += f", {metrics['train/tokens_per_second']:,.0f} tokens/s, {left // 60:.0f}:{left % 60:02.0f} left"
-        self.assignment.progress.report.remote(line)
-
-    def commit(self) -> None:
-        self.run.log_points(self.points)
-        self.points = []
-
-    def close(self) -> None:
-        self.monitor.finish()

@@ -1,28 +1,38 @@
-"""The training run as a whole: Ray Train's TorchTrainer with scaling, failures and storage set on purpose."""
+"""The training run as a whole: Ray Train's TorchTrainer with scaling, failures and timeouts set on purpose."""
 
 import logging
+import math
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
-from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+from ray.actor import ActorHandle
+from ray.train import RunConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
+from ray.util import remove_placement_group
 
 from gru import storage
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import LaneOrder
-from gru.errors import UserError, find_user_error
+from gru.errors import GaveUp, Stopped, UserError, find_user_error
 from gru.training import checkpoint as checkpoints
-from gru.training import loop
+from gru.training import loop, progress
 
-COLLECTIVE_TIMEOUT_S = 120
 CONTROLLER_FAILURES = 3
+RESIZE_SECONDS = 10
+"""Between two looks whether the cluster has room for more workers."""
+STOP_PATIENCE_SECONDS = 30
+"""That workers have for their last checkpoint when this process is told to stop."""
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +44,13 @@ def train(
     run: str,
     tracking_uri: str,
     tracking_run: str,
-    progress: Callable[[str], None],
+    show: Callable[[str], None],
 ) -> checkpoints.Checkpoint:
     """Train to the last step in the directory `run`, going on from its newest checkpoint, and return the last one.
 
-    Ray must be initialised. Raises UserError for a corpus too small for the lanes and for a run directory that
-    belongs to another dataset or model.
+    Ray must be initialised. Called in the main thread, it stops in order on SIGTERM and SIGINT. Raises UserError for a
+    corpus too small for the lanes, a run directory that belongs to another dataset or model, and training that
+    diverges; GaveUp if workers failed more often than `max_failures`; Stopped.
     """
     manifest = dataset.manifest
     identity = {
@@ -52,39 +63,10 @@ def train(
     LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.lanes, config.window)
     if (found := _last(run, identity)) and found.step >= config.steps:
         return found
-    _check_resources(config, progress)
-    # Ray Train's own note of its checkpoints is written in place, and dies with a bare ActorDiedError if a kill has
-    # truncated it. Ours are found by their digests, so that note is not needed.
-    storage.remove(storage.join(run, "checkpoint_manager_snapshot.json"))
-    parent, name = run.rsplit("/", 1)
-    with _progress_actor(progress) as actor:
+    _check_resources(config, show)
+    with progress.followed(show) as actor, _signals() as told:
         assignment = loop.Assignment(model, config, dataset.directory, run, identity, tracking_uri, tracking_run, actor)
-        trainer = TorchTrainer(
-            loop.work,
-            train_loop_config={"assignment": assignment},
-            torch_config=TorchConfig(backend="nccl" if config.gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
-            scaling_config=ScalingConfig(
-                num_workers=config.workers,
-                use_gpu=config.gpu,
-                resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
-            ),
-            run_config=RunConfig(
-                name=name,
-                storage_path=parent,
-                failure_config=FailureConfig(
-                    max_failures=config.max_failures, controller_failure_limit=CONTROLLER_FAILURES
-                ),
-                checkpoint_config=CheckpointConfig(num_to_keep=None),  # the loop keeps the newest itself
-            ),
-        )
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-                raise UserError(f"{_shortage(config)}: they did not come in time") from None
-            raise find_user_error(error) or error from None
-        if reason := ray.get(actor.reason.remote()):
-            raise UserError(reason)
+        _fit_until_done(assignment, told, show)
     last = _last(run, identity)
     assert last is not None and last.step == config.steps, "the run ended without its last checkpoint"
     return last
@@ -95,61 +77,198 @@ def _last(run: str, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:
     return checkpoints.load(path) if path else None
 
 
-def _check_resources(config: TrainConfig, progress: Callable[[str], None]) -> None:
+def _fit_until_done(assignment: loop.Assignment, told: "Told", show: Callable[[str], None]) -> None:
+    """Ray Train's fit, again where it ends for a reason that is not the training's own."""
+    controllers_lost = 0
+    while True:
+        try:
+            ended = _fit(assignment, told)
+        except ray.exceptions.RayActorError as error:  # the controller itself, not a worker
+            controllers_lost += 1
+            if controllers_lost > CONTROLLER_FAILURES:
+                raise GaveUp(f"Ray Train's controller died {controllers_lost} times: {_first_line(error)}") from None
+            show("Ray Train's controller died: starting another, from the last checkpoint")
+            place: Any = ray.get(assignment.progress.occupied.remote())
+            if place is not None:
+                remove_placement_group(place)  # Ray Train sees to it only where there is a dashboard
+            continue
+        outcome: Any = ray.get(assignment.progress.take_outcome.remote())
+        if "diverged" in outcome:
+            raise UserError(outcome["diverged"])
+        if "unsaved" in outcome:
+            raise GaveUp(f"{outcome['unsaved']}; the checkpoints before it stay")
+        if "stopped" in outcome:
+            step = f"{outcome['stopped']:,}"
+            raise Stopped(f"stopped at step {step}, saved: the same command goes on from there", told.signal)
+        if not ended:
+            raise Stopped("stopped without an answer from workers: the same command goes on", told.signal)
+        if "preempted" not in outcome:
+            return
+        show(f"a node is about to be taken away: saved at step {outcome['preempted']:,}, going on with the others")
+
+
+def _fit(assignment: loop.Assignment, told: "Told") -> bool:
+    """One controller's life; False if it was left behind. Raises RayActorError if it died."""
+    config = assignment.train
+    # Ray Train's own note of its checkpoints, of an earlier version of this program: truncated by a kill, it would end
+    # the controller with a bare ActorDiedError.
+    storage.remove(storage.join(assignment.run, "checkpoint_manager_snapshot.json"))
+    parent, name = assignment.run.rsplit("/", 1)
+    callbacks: list[Any] = [_Narrator(assignment.progress, config.max_failures)]
+    trainer = TorchTrainer(
+        loop.work,
+        train_loop_config={"assignment": assignment},
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if config.gpu else "gloo", timeout_s=math.ceil(config.stall_seconds)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=config.gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=parent,
+            failure_config=FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=CONTROLLER_FAILURES
+            ),
+            callbacks=callbacks,
+        ),
+    )
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.stall_seconds)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.stall_seconds)  # of what workers ask rank 0 for
+    try:
+        return told.wait(_in_thread(trainer.fit), assignment.progress)
+    except ray.train.TrainingFailedError as error:
+        failure = getattr(error, "controller_failure", None)
+        if isinstance(failure, WorkerGroupStartupTimeoutError):
+            raise GaveUp(f"{_shortage(config)}: they did not come in time") from None
+        if isinstance(failure, WorkerGroupStartupFailedError):
+            raise GaveUp(f"the workers could not be started: {_first_line(failure)}") from error
+        if mistake := find_user_error(error):
+            raise mistake from None
+        failures = getattr(error, "worker_failures", None)
+        if not failures:
+            raise
+        raise GaveUp(
+            f"training failed more often than train.max_failures = {config.max_failures}: {_why(failures)}; its "
+            "checkpoints stay, and the same command goes on from the last"
+        ) from error
+
+
+def _check_resources(config: TrainConfig, show: Callable[[str], None]) -> None:
     """Say what is missing: a cluster that grows may still bring it."""
     present = ray.cluster_resources()
-    wanted = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers * int(config.gpu)}
+    workers = config.min_workers or config.workers
+    wanted = {"CPU": workers * config.cpus_per_worker, "GPU": workers * int(config.gpu)}
     if any(present.get(name, 0) < amount for name, amount in wanted.items()):
-        progress(f"waiting: {_shortage(config)}")
+        show(f"waiting: {_shortage(config)}")
 
 
 def _shortage(config: TrainConfig) -> str:
     present = ray.cluster_resources()
     gpu = ", train.gpu = true" if config.gpu else ""
+    least = f"train.min_workers = {config.min_workers}" if config.min_workers else f"train.workers = {config.workers}"
     return (
-        f"train.workers = {config.workers}, train.cpus_per_worker = {config.cpus_per_worker}{gpu} need more than "
+        f"{least}, train.cpus_per_worker = {config.cpus_per_worker}{gpu} need more than "
         f"this cluster's {present.get('CPU', 0):.0f} CPUs and {present.get('GPU', 0):.0f} GPUs"
     )
 
 
-class _Progress:
-    """Carries the newest line from rank 0 to the driver, since worker output goes to log files; and why it gave up."""
+class Told:
+    """What this process has been told to do by a signal."""
 
     def __init__(self) -> None:
-        self.line: str | None = None
-        self.given_up: str | None = None
+        self.signal = 0
 
-    def give_up(self, reason: str) -> None:
-        self.given_up = reason
-
-    def reason(self) -> str | None:
-        return self.given_up
-
-    def report(self, line: str) -> None:
-        self.line = line
-
-    def take(self) -> str | None:
-        line, self.line = self.line, None
-        return line
+    def wait(self, fit: "Future[Any]", actor: ActorHandle) -> bool:
+        """Wait for the end of a run; once there is a signal, have its workers save and leave. False if they do not."""
+        while not fit.done() and not self.signal:
+            with suppress(TimeoutError):
+                fit.exception(timeout=0.5)
+        if not fit.done():
+            actor.stop.remote()
+            with suppress(TimeoutError):
+                fit.exception(timeout=STOP_PATIENCE_SECONDS)
+        if fit.done():
+            fit.result()
+        return fit.done()
 
 
 @contextmanager
-def _progress_actor(progress: Callable[[str], None]) -> Iterator[Any]:
-    actor: Any = ray.remote(num_cpus=0)(_Progress).remote()
-    ended = threading.Event()
+def _signals() -> Iterator[Told]:
+    """In the main thread, the first SIGTERM or SIGINT is noted, and others of its kind work as they did before."""
+    told = Told()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def follow() -> None:
-        over = False
-        while not over:
-            over = ended.wait(1.0)
-            if line := ray.get(actor.take.remote()):
-                progress(line)
+    def note(number: int, frame: Any) -> None:
+        told.signal = number
+        signal.signal(number, before[signal.Signals(number)])
 
-    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
-    thread.start()
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield actor
+        yield told
     finally:
-        ended.set()
-        thread.join(timeout=10)
-        ray.kill(actor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
+    """Run in a thread that does not keep this process: the main thread is for signals."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="fit", daemon=True).start()
+    return future
+
+
+class _Narrator(UserCallback):
+    """In the controller: says what happened to the workers, since Ray Train tells only its log."""
+
+    def __init__(self, actor: ActorHandle, most: int) -> None:
+        self._actor, self._most, self._failures = actor, most, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if any(getattr(_cause(error), "preempted", False) for error in worker_exceptions.values()):
+            return  # Ray Train does not count it either
+        self._failures += 1
+        then = "starting again from the last checkpoint" if self._failures <= self._most else "giving up"
+        line = f"failure {self._failures} of at most {self._most}: {_why(worker_exceptions)}; {then}"
+        self._actor.say.remote(line)
+
+
+def _why(failures: dict[int, Exception]) -> str:
+    """The failure that explains the others: a process that died, before one that lost its connection to it."""
+    reasons = {rank: _reason(error) for rank, error in sorted(failures.items())}
+    died = {rank: reason for rank, (dead, reason) in reasons.items() if dead}
+    shown = died or {rank: reason for rank, (_, reason) in reasons.items()}
+    return ", ".join(f"worker {rank} {reason}" for rank, reason in shown.items())
+
+
+def _reason(error: Exception) -> tuple[bool, str]:
+    """Whether the process is dead, and a few words."""
+    cause = _cause(error)
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return True, "died"
+    if "hanging" in str(error):
+        return True, "does not answer"
+    return False, f"failed: {type(cause).__name__}: {_first_line(cause)}"
+
+
+def _cause(error: Exception) -> Exception:
+    return getattr(error, "health_check_failure", None) or error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -51,6 +51,8 @@ def test_json_text_is_the_same_configuration(minimal: Path) -> None:
         ("registry.model=a/b", "registry.model: "),
         ("train.steps=0", "train.steps: input should be greater than 0, not 0"),
         ("train.workers=99", "train: workers = 99 exceeds lanes = 32"),
+        ("train.min_workers=2", "train: min_workers = 2 exceeds workers = 1"),
+        ("train.bitwise_elastic=64", "train: bitwise_elastic = 64 exceeds lanes = 32"),
         ("tokenizer.kind=word", "tokenizer.kind: "),
         ("corpus.sources=[]", "corpus.sources: "),
         ("train", "--set train: expected section.key=value"),

@@ -1,3 +1,6 @@
+import resource
+
+import mlflow.exceptions
 import pytest
 
 from gru import tracking
@@ -48,3 +51,17 @@ def test_more_points_than_one_call_takes(mlflow_store: str) -> None:
     assert [step for step, _ in run.history("train/loss")] == list(range(1, 2003))
     run.log_loss_curve()
     assert [file.path for file in run.client.list_artifacts(run.id)] == ["loss.png"]
+
+
+def test_points_that_could_not_be_logged_are_logged_later(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "train")
+    run.log_points(points(1, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as if the server's disk were full
+    try:
+        with pytest.raises(mlflow.exceptions.MlflowException):
+            run.log_points(points(2, 3, 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.log_points(points(3, 4, 5))
+    assert [step for step, _ in run.history("train/loss")] == [1, 2, 3, 4, 5]

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -17,30 +16,7 @@ from gru.corpus.dataset import open_dataset
 from gru.corpus.prepare import prepare
 from tests.gru.corpus.reading import read, spans, texts, write
 
-pytest.importorskip("moto.server")
-s3fs = pytest.importorskip("s3fs")
-
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """The URL of a bucket; credentials and server are in the environment, as they are for a user."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        s3fs.S3FileSystem.clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("corpora")
-        yield "s3://corpora"
-        s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
 
 
 def fill(directory: Path, bucket: str) -> None:

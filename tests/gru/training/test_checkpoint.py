@@ -1,5 +1,5 @@
-import json
 import logging
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,11 @@ from gru.training.checkpoint import Checkpoint, DamagedFiles
 IDENTITY = {"dataset": "d1", "model": {"hidden": 8}}
 
 
-def write(run: Path, step: int) -> Path:
+def write(run: Path, step: int, heldout_loss: float | None = None) -> Path:
     directory = run / checkpoints.new_name(step)
-    directory.mkdir(parents=True)
     tensors = {"model": {"w": torch.full((2, 3), float(step))}, "lanes": {"state": torch.zeros(1)}}
-    checkpoints.save(Checkpoint(tensors, {"step": step, "identity": IDENTITY}), directory)
+    state = {"step": step, "identity": IDENTITY, "heldout_loss": heldout_loss}
+    checkpoints.save(Checkpoint(tensors, state), str(directory))
     return directory
 
 
@@ -71,7 +71,7 @@ def test_another_dataset_or_model_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with pytest.raises(UserError, match="its dataset is d1, but this run's is d2"):
         checkpoints.newest(str(tmp_path), {**IDENTITY, "dataset": "d2"})
-    with pytest.raises(UserError, match="its model is"):
+    with pytest.raises(UserError, match=r"its model\.hidden is 8, but this run's is 9"):
         checkpoints.newest(str(tmp_path), {**IDENTITY, "model": {"hidden": 9}})
 
 
@@ -80,6 +80,16 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         write(tmp_path, step)
     checkpoints.prune(str(tmp_path), keep=2)
     assert [checkpoints.load(path).step for path in checkpoints.paths(str(tmp_path))] == [4, 3]
+
+
+def test_the_one_with_the_lowest_heldout_loss_is_kept_as_well(tmp_path: Path) -> None:
+    for step, loss in ((1, 2.0), (2, 1.5), (3, 1.7), (4, None), (5, None)):
+        write(tmp_path, step, loss)
+    assert checkpoints.best_heldout_loss(str(tmp_path)) == 1.5
+    checkpoints.prune(str(tmp_path), keep=2)
+    assert [step_of(path) for path in checkpoints.paths(str(tmp_path))] == [5, 4, 2]
+    assert step_of(checkpoints.newest(str(tmp_path), IDENTITY)) == 5
+    assert checkpoints.best_heldout_loss(str(tmp_path / "nothing")) == float("inf")
 
 
 def test_an_incomplete_one_is_not_counted_among_those_kept(tmp_path: Path) -> None:
@@ -91,17 +101,31 @@ def test_an_incomplete_one_is_not_counted_among_those_kept(tmp_path: Path) -> No
     assert [step_of(path) for path in checkpoints.paths(str(tmp_path))] == [2]
 
 
-def test_an_upload_ends_with_the_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_that_could_be_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    """The weights fit, the state of the lanes does not: what fitted is removed, and what was there before stays."""
+    before = write(tmp_path, 1)
+    tensors = {"model": {"w": torch.zeros(10)}, "lanes": {"state": torch.zeros(100_000)}}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            state = {"step": 2, "identity": IDENTITY}
+            checkpoints.save(Checkpoint(tensors, state), str(tmp_path / checkpoints.new_name(2)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.paths(str(tmp_path)) == [str(before)]
+
+
+def test_the_digests_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that comes in between finds an incomplete checkpoint, never a wrong one."""
-    local, remote = write(tmp_path / "local", 1), tmp_path / "remote" / checkpoints.new_name(1)
+    found: list[str | None] = []
     write_bytes = storage.write_bytes
-    for file in sorted(local.iterdir()):
-        if file.name != checkpoints.DIGESTS:
-            write_bytes(str(remote / file.name), file.read_bytes())
-    assert checkpoints.newest(str(remote.parent), IDENTITY) is None
-    order: list[str] = []
-    monkeypatch.setattr(storage, "write_bytes", lambda path, data: (order.append(path), write_bytes(path, data)))
-    storage.upload(local, str(remote), last=checkpoints.DIGESTS)
-    assert order[-1].endswith(checkpoints.DIGESTS)
-    assert len(order) == len(json.loads((remote / checkpoints.DIGESTS).read_text())) + 1
-    assert step_of(checkpoints.newest(str(remote.parent), IDENTITY)) == 1
+
+    def write_and_look(path: str, data: bytes) -> None:
+        found.append(checkpoints.newest(str(tmp_path), IDENTITY))
+        write_bytes(path, data)
+
+    monkeypatch.setattr(storage, "write_bytes", write_and_look)
+    path = write(tmp_path, 1)
+    assert found == [None] * len(list(path.iterdir()))
+    assert step_of(checkpoints.newest(str(tmp_path), IDENTITY)) == 1

@@ -14,7 +14,7 @@ from gru.config import ModelConfig, TrainConfig
 from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.model.precision import Precision
 from gru.training import checkpoint as checkpoints
-from gru.training.learner import Learner, learning_rate, own_lanes
+from gru.training.learner import Diverged, Learner, learning_rate, own_lanes
 
 MODEL = ModelConfig(embedding=16, hidden=24, layers=2, dropout=0.2, precision="fp32")
 PRECISIONS: list[Precision] = ["fp32", "bf16"]
@@ -37,8 +37,8 @@ def train(learner: Learner, steps: int) -> list[float]:
     return losses
 
 
-def learner(rank: int = 0, world: int = 1, precision: Precision = "fp32") -> Learner:
-    return Learner(MODEL.model_copy(update={"precision": precision}), CONFIG, VOCAB, END, rank, world)
+def learner(rank: int = 0, world: int = 1, precision: Precision = "fp32", config: TrainConfig = CONFIG) -> Learner:
+    return Learner(MODEL.model_copy(update={"precision": precision}), config, VOCAB, END, rank, world)
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
@@ -52,7 +52,7 @@ def test_going_on_from_a_checkpoint_is_bit_identical(tmp_path: Path, precision: 
     losses = train(undisturbed, 12)
     first = learner(precision=precision)
     train(first, 5)
-    checkpoints.save(first.checkpoint({"identity": {}}), tmp_path)
+    checkpoints.save(first.checkpoint({"identity": {}}), str(tmp_path))
     torch.manual_seed(99)  # nothing may hang on the global generator
     second = learner(precision=precision)
     second.restore(checkpoints.load(str(tmp_path)))
@@ -83,16 +83,18 @@ def test_it_learns() -> None:
     assert pupil.heldout_loss(corpus[:500]) < 0.2
 
 
-def _work(rank: int, world: int, rendezvous: str, results: str, precision: Precision) -> None:
+def _work(
+    rank: int, world: int, rendezvous: str, results: str, precision: Precision, config: TrainConfig = CONFIG
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    worker = learner(rank, world, precision)
+    worker = learner(rank, world, precision, config)
     losses = train(worker, 8)
     totals = worker.sum_over_workers(losses)
     heldout = worker.heldout_loss(tokens()[:301])
     checkpoint = worker.checkpoint({"identity": {}, "losses": totals, "heldout": heldout})
     if rank == 0:
-        checkpoints.save(checkpoint, Path(results))
+        checkpoints.save(checkpoint, results)
     dist.barrier()
     os._exit(0)  # gloo's threads may abort a process that ends while another is still connected
 
@@ -117,9 +119,77 @@ def test_workers_share_the_lanes_and_compute_the_same(
     assert train(rest, 12) == pytest.approx(train(alone, 12), rel=10 * rounding)
 
 
+def _resume(rank: int, world: int, rendezvous: str, first: str, last: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    worker = learner(rank, world)
+    if first == last:
+        train(worker, 9)
+    elif Path(first).exists():
+        worker.restore(checkpoints.load(first))
+        train(worker, 9)
+    else:
+        train(worker, 4)
+    checkpoint = worker.checkpoint({"identity": {}})
+    if rank == 0:
+        checkpoints.save(checkpoint, last if Path(first).exists() or first == last else first)
+    dist.barrier()
+    os._exit(0)
+
+
+def test_three_workers_go_on_bit_identically(tmp_path: Path) -> None:
+    """Where more than two numbers are summed the order matters, and it must not depend on when DDP began."""
+    undisturbed, half, resumed = (str(tmp_path / name) for name in ("undisturbed", "half", "resumed"))
+    for turn, (first, last) in enumerate([(undisturbed, undisturbed), (half, resumed), (half, resumed)]):
+        multiprocessing.spawn(_resume, (3, str(tmp_path / f"rendezvous{turn}"), first, last), nprocs=3)
+    expected, found = checkpoints.load(undisturbed), checkpoints.load(resumed)
+    assert checkpoints.load(half).step == 4
+    for stem, tensors in expected.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(found.tensors[stem][name], tensor), (stem, name)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_with_bitwise_elastic_any_number_of_workers_gives_the_same_bits(tmp_path: Path, precision: Precision) -> None:
+    """6 lanes in 4 parts of unequal size, on 1, 2, 3 and 4 workers; the middle part of the tree crosses workers."""
+    config = CONFIG.model_copy(update={"bitwise_elastic": 4})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = learner(precision=precision, config=config)
+    losses = train(alone, 8)
+    torch.set_num_threads(threads)
+    assert losses == pytest.approx(train(learner(precision=precision), 8), rel=1e-5 if precision == "fp32" else 1e-3)
+    expected = alone.checkpoint({})
+    for world in (2, 3, 4):
+        results = tmp_path / f"results{world}"
+        arguments = (world, str(tmp_path / f"rendezvous{world}"), str(results), precision, config)
+        multiprocessing.spawn(_work, arguments, nprocs=world)
+        together = checkpoints.load(str(results))
+        assert together.state["losses"] == pytest.approx(losses, rel=1e-6)
+        for stem, tensors in expected.tensors.items():
+            for name, tensor in tensors.items():
+                assert torch.equal(together.tensors[stem][name], tensor), (world, stem, name)
+
+
+@pytest.mark.parametrize("config", [CONFIG, CONFIG.model_copy(update={"bitwise_elastic": 3})])
+def test_a_step_that_is_not_finite_changes_nothing_and_names_its_lanes(config: TrainConfig) -> None:
+    pupil = learner(config=config)
+    train(pupil, 3)
+    pupil.state_LBH[:, 4] = float("inf")
+    before = pupil.checkpoint({})
+    window = (np.full((8, 6), 3, dtype=np.int64), np.ones((8, 6), dtype=np.int64))
+    with pytest.raises(Diverged, match=r"the gradient's norm is (nan|inf) at step 4"):
+        pupil.train_step(*window)
+    assert pupil.suspects(*window, lambda: None) == [4]
+    for stem, tensors in pupil.checkpoint({}).tensors.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, before.tensors[stem][name], rtol=0, atol=0, equal_nan=True)
+
+
 def test_every_lane_has_one_owner() -> None:
-    for lanes, world in [(6, 4), (32, 3), (5, 5), (64, 1)]:
-        owned = [lane for rank in range(world) for lane in own_lanes(lanes, rank, world)]
+    for lanes, world, parts in [(6, 4, 0), (32, 3, 0), (5, 5, 0), (64, 1, 0), (6, 3, 4), (32, 4, 8), (7, 1, 3)]:
+        config = TrainConfig(lanes=lanes, workers=world, bitwise_elastic=parts)
+        owned = [lane for rank in range(world) for lane in own_lanes(config, rank, world)]
         assert owned == list(range(lanes))
 
 

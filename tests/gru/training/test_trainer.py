@@ -1,8 +1,10 @@
 """Training under Ray Train, with two workers."""
 
+import json
 from pathlib import Path
 
 import mlflow
+import numpy as np
 import pytest
 
 from gru import tracking
@@ -13,6 +15,7 @@ from gru.corpus.prepare import prepare
 from gru.errors import UserError
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
+from gru.training.loop import DIVERGENCE
 from gru.training.trainer import train
 
 MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1, precision="fp32")
@@ -53,17 +56,37 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
 
     again = train(MODEL, CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
     assert again.state == last.state, "a finished run is not trained again"
-    with pytest.raises(UserError, match="its model is"):
+    with pytest.raises(UserError, match=r"its model\.embedding is 32, but this run's is 8"):
         train(ModelConfig(embedding=8), CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_training_that_diverges_says_so_and_is_not_tried_again(
-    dataset: Dataset, tmp_path: Path, mlflow_store: str
+    dataset: Dataset, tmp_path: Path, mlflow_store: str, workers: int
 ) -> None:
     run = tracking.open_run("test", "other key", "train")
-    config = CONFIG.model_copy(update={"workers": 1, "learning_rate": 1e30, "clip": 1e30})
-    with pytest.raises(UserError, match=r"training diverged: the loss is \w+ at step \d+: lower train.learning_rate"):
-        train(MODEL, config, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
+    config = CONFIG.model_copy(update={"workers": workers, "learning_rate": 1e30, "clip": 1e30})
+    directory = tmp_path / "runs" / "r"
+    lines: list[str] = []
+    with pytest.raises(UserError, match=r"training diverged: the gradient's norm is \w+ at step \d+ in \d of 6 lanes"):
+        train(MODEL, config, dataset, str(directory), mlflow_store, run.id, lines.append)
+    assert not any("failure" in line for line in lines)
+    report = json.loads((directory / DIVERGENCE).read_text())
+    [newest, *_] = checkpoints.paths(str(directory))
+    saved = checkpoints.load(newest)
+    assert saved.step == report["step"] - 1
+    assert all(bool(tensor.isfinite().all()) for tensor in saved.tensors["model"].values())
+    order = LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.lanes, config.window)
+    epoch, start, stop = order.window_of(saved.step)
+    segments, end_of_text, tokenizer = dataset.segments("train"), dataset.manifest.end_of_text, dataset.tokenizer()
+    for suspect in report["lanes"]:
+        found = [dataset.document(int(name, 16)) for name in suspect["documents"]]
+        texts = [text for _, text in filter(None, found)]
+        assert len(texts) == len(suspect["documents"]) > 0
+        for segment, first, after in order.slices(epoch, suspect["lane"], start, stop):
+            read = dataset.read_segment(segments[segment])[first:after]
+            for part in np.split(read, np.flatnonzero(read == end_of_text)):
+                assert any(tokenizer.decode(part[part != end_of_text]) in text for text in texts)
 
 
 def test_a_corpus_smaller_than_a_window_for_each_lane_is_refused(dataset: Dataset, tmp_path: Path) -> None:

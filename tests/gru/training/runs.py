@@ -1,0 +1,253 @@
+"""Training runs on a cluster of the test's own, as their user starts them: `python -m jobs.train`. Disturbed in every
+way, each is compared with one that was not."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import torch
+from ray._private.node import Node as ClusterNode
+from ray.cluster_utils import Cluster
+
+from gru.config import PipelineConfig
+from gru.corpus.dataset import Dataset
+from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.training import checkpoint as checkpoints
+from gru.training.learner import Learner
+
+MODEL = {"embedding": 48, "hidden": 96, "layers": 2, "dropout": 0.1, "precision": "fp32"}
+TRAIN = {
+    "steps": 300,
+    "lanes": 8,
+    "window": 32,
+    "workers": 2,
+    "threads": 1,
+    "log_steps": 5,
+    "heldout_steps": 100,
+    "heldout_tokens": 4000,
+    "checkpoint_steps": 20,
+}
+
+
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 120, every: float = 0.05) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(every)
+    raise AssertionError(f"waited {seconds:.0f} s for {what}")
+
+
+@contextmanager
+def cluster_of(*cpus: int) -> Iterator[Cluster]:
+    """A head and nodes beside it, with so many logical CPUs each."""
+    head, *others = cpus
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, "include_dashboard": False})
+    try:
+        for number in others:
+            cluster.add_node(num_cpus=number)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@dataclass
+class Site:
+    """Where a corpus was prepared once, for many runs."""
+
+    directory: Path
+    corpus: Path
+    tracking: str
+
+    def config(self, name: str, **train: Any) -> dict[str, Any]:
+        return {
+            "name": "fables",
+            "storage": str(self.directory / name),
+            "corpus": {"sources": [str(self.corpus)], "segment_tokens": 1024},
+            "tokenizer": {"kind": "char"},
+            "model": MODEL,
+            "train": TRAIN | train,
+            "registry": {"experiment": name},
+        }
+
+    def environment(self, cluster: Cluster) -> dict[str, str]:
+        return os.environ | {"RAY_ADDRESS": cluster.address, "MLFLOW_TRACKING_URI": self.tracking}
+
+    def prepare(self, cluster: Cluster) -> None:
+        artifacts = str(self.directory / "artifacts")
+        mlflow.MlflowClient(self.tracking).create_experiment("prepared", artifact_location=artifacts)
+        command = [sys.executable, "-m", "jobs.prepare", json.dumps(self.config("prepared"))]
+        subprocess.run(command, env=self.environment(cluster), check=True, capture_output=True)
+
+    def run(self, cluster: Cluster, name: str, **train: Any) -> "Training":
+        """A run that is not started yet, on a copy of the dataset. Its name is also that of its MLflow experiment."""
+        shutil.copytree(self.directory / "prepared" / "datasets", self.directory / name / "datasets")
+        training = Training(self, cluster, name, self.config(name, **train))
+        training.move_dataset(str(self.directory / name))
+        artifacts = str(self.directory / name / "artifacts")
+        mlflow.MlflowClient(self.tracking).create_experiment(name, artifact_location=artifacts)
+        return training
+
+
+@dataclass
+class Training:
+    site: Site
+    cluster: Cluster
+    name: str
+    config: dict[str, Any]
+    process: "subprocess.Popen[str] | None" = None
+
+    def move_dataset(self, storage: str) -> None:
+        """Say in the result of its preparation where the dataset is."""
+        [path] = self.storage.glob("datasets/*/result.json")
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"dataset": f"{storage}/datasets/{path.parent.name}"}))
+
+    @property
+    def storage(self) -> Path:
+        return self.site.directory / self.name
+
+    @property
+    def stderr(self) -> str:
+        return (self.storage / "err.txt").read_text()
+
+    @property
+    def directory(self) -> Path:
+        """Of the run: its checkpoints and its bundle."""
+        [path] = self.storage.glob("runs/*")
+        return path
+
+    def start(self) -> "Training":
+        with (self.storage / "out.txt").open("w") as out, (self.storage / "err.txt").open("a") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.train", json.dumps(self.config)],
+                env=self.site.environment(self.cluster),
+                stdout=out,
+                stderr=err,
+                text=True,
+            )
+        return self
+
+    def wait_for_step(self, step: int, seconds: float = 120) -> int:
+        """Until a whole checkpoint of that step or a later one is there; its step."""
+
+        def reached() -> int:
+            self._assert_running()
+            return self.newest_step() if self.newest_step() >= step else 0
+
+        return wait_for(f"step {step}", reached, seconds)
+
+    def wait_for_line(self, part: str, seconds: float = 120) -> None:
+        def said() -> bool:
+            self._assert_running()
+            return part in self.stderr
+
+        wait_for(f"{part!r} in {self.stderr[-500:]!r}", said, seconds)
+
+    def _assert_running(self) -> None:
+        assert self.process is not None
+        assert self.process.poll() is None, self.stderr
+
+    def newest_step(self) -> int:
+        whole = [path.parent.name for path in self.storage.glob(f"runs/*/step-*/{checkpoints.DIGESTS}")]
+        return max((int(name.split("-")[1]) for name in whole), default=0)
+
+    def workers(self) -> list[psutil.Process]:
+        return self._processes("ray::RayTrainWorker")
+
+    def controllers(self) -> list[psutil.Process]:
+        return self._processes("ray::TrainController.run")
+
+    def _processes(self, title: str) -> list[psutil.Process]:
+        found = []
+        for node in self.cluster.list_all_nodes():
+            with suppress(psutil.NoSuchProcess):
+                raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+                found += [process for process in raylet.children() if process.cmdline()[:1] == [title]]
+        return found
+
+    def wait_for_workers(self, number: int, seconds: float = 120) -> list[psutil.Process]:
+        def up() -> list[psutil.Process]:
+            self._assert_running()
+            return self.workers() if len(self.workers()) == number else []
+
+        return wait_for(f"{number} workers", up, seconds)
+
+    def node_with_a_worker(self) -> ClusterNode:
+        """One beside the driver's and its controller's."""
+        with_workers = {worker.ppid() for worker in self.workers()} - {found.ppid() for found in self.controllers()}
+        nodes = self.cluster.worker_nodes
+        return next(node for node in nodes if node.all_processes["raylet"][0].process.pid in with_workers)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = 180) -> int:
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    def finish(self) -> None:
+        assert self.wait() == 0, self.stderr
+
+    def weights(self) -> str:
+        return hashlib.sha256((self.directory / "bundle" / "weights.safetensors").read_bytes()).hexdigest()
+
+    def logged(self) -> list[int]:
+        """Steps of the points in MLflow, in the order in which they were logged."""
+        [run] = self._mlflow_runs()
+        return [metric.step for metric in self._client().get_metric_history(run.info.run_id, "train/loss")]
+
+    def status(self) -> str:
+        [run] = self._mlflow_runs()
+        return run.info.status
+
+    def _client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(self.site.tracking)
+
+    def _mlflow_runs(self) -> list[Any]:
+        experiment = self._client().get_experiment_by_name(self.name)
+        return self._client().search_runs([experiment.experiment_id], "attributes.run_name = 'train'")
+
+    def close(self) -> None:
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def undisturbed(config: PipelineConfig, dataset: Dataset, steps: int) -> Learner:
+    """What one process makes of the same, without Ray."""
+    segments, manifest = dataset.segments("train"), dataset.manifest
+    order = LaneOrder([s.tokens for s in segments], config.train.seed, config.train.lanes, config.train.window)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    learner = Learner(config.model, config.train, manifest.vocab_size, manifest.end_of_text)
+    try:
+        with LaneReader(
+            order, lambda i: dataset.read_segment(segments[i]), manifest.end_of_text, learner.lanes
+        ) as reader:
+            while learner.step < steps:
+                learner.train_step(*reader.batch(learner.step))
+    finally:
+        torch.set_num_threads(threads)
+    return learner
+
+
+def assert_same(found: checkpoints.Checkpoint, expected: Learner) -> None:
+    """Bit for bit: weights, average, optimizer and the carried states of all lanes."""
+    assert found.step == expected.step
+    for stem, tensors in expected.checkpoint({}).tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(found.tensors[stem][name], tensor), (stem, name)
