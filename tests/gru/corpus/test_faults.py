@@ -83,6 +83,11 @@ def undisturbed(corpus: CorpusConfig, tmp_path_factory: pytest.TempPathFactory, 
     return files(directory)
 
 
+def ray_address() -> str:
+    """Of the session's Ray, which is there already."""
+    return ray.get_runtime_context().gcs_address
+
+
 @dataclass
 class Job:
     """`python -m jobs.prepare` on a storage of the test's own."""
@@ -189,6 +194,7 @@ def test_the_driver_is_killed_and_started_again_at_once(
     job.wait_for("8/")
     job.kill()  # what it left of Ray goes by itself, in its own time
     finished = job.drafts()
+    job.ray_address = ray_address()
     job.start()
     assert json.loads(undisturbed["manifest.json"])["digest"] == job.finish()["digest"]
     made = [line for line in job.stderr.splitlines() if "partitions, " in line and "documents" in line]
@@ -215,6 +221,7 @@ def test_everything_is_killed_at_random_moments(
         before = now
         assert not list(tmp_path.glob("store/datasets/*/manifest.json"))
     assert len(before) >= 10
+    job.ray_address = ray_address()
     assert json.loads(undisturbed["manifest.json"])["digest"] == job.finish()["digest"]
     assert files(job.dataset) == undisturbed
 
@@ -225,8 +232,7 @@ def test_two_jobs_of_one_config_at_once(corpus: CorpusConfig, undisturbed: dict[
     (tmp_path / "store").mkdir()
     for name in ("1", "2"):
         (tmp_path / name / "store").symlink_to(tmp_path / "store")
-    address = ray.get_runtime_context().gcs_address
-    jobs = [Job(tmp_path / name, corpus, address) for name in ("1", "2")]
+    jobs = [Job(tmp_path / name, corpus, ray_address()) for name in ("1", "2")]
     for job in jobs:
         job.start()
     digests = {job.finish()["digest"] for job in jobs}
