@@ -60,7 +60,8 @@ class CorpusConfig(Section):
     max_characters: PositiveInt | None = Field(None, description="Longer documents are left out.")
     deduplicate: Literal["none", "exact", "near"] = Field(
         "exact",
-        description="Of equal documents in the whole corpus keep the first; `near`: of similar ones as well.",
+        description="Of equal documents in the whole corpus keep the first; `near`: of similar ones as well, for which "
+        "one process keeps 3 KB in memory for each document.",
     )
     near_similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.8, description="Jaccard similarity of the 5-character shingles from which documents are `near` duplicates."

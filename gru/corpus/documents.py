@@ -5,14 +5,17 @@ spans come from, nor what a token is.
 """
 
 import bz2
+import codecs
 import csv
 import hashlib
 import io
+import json
 import lzma
+import re
 import string
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -30,6 +33,7 @@ _EXAMPLES = 5  # places that a report remembers
 _BLOCK = 1 << 20
 _STEP = 1 << 12  # of what is unpacked at a time; what is lost before a damaged place is less
 _BOM = b"\xef\xbb\xbf"
+_MARK = "\ufdd0\ufdef\ufdd0"  # noncharacters, which no text should hold
 # What the readers of a format say of a file that is damaged. OSError too, which Arrow raises without an errno.
 _DAMAGE = (OSError, EOFError, lzma.LZMAError, pa.ArrowException, ijson.JSONError)
 
@@ -188,14 +192,18 @@ class _Reader:
         try:
             return data.decode()
         except UnicodeDecodeError as error:
-            where = " of the unpacked text" if self._span.file.compression else ""
-            message = f"not valid UTF-8 at byte {start + error.start}{where}"
-            if self._corpus.on_bad == "replace":
-                self._report.replaced += 1
-                self._example(message)
-                return data.decode(errors="replace")
-            self._bad("invalid_utf8", message)
-            return None
+            return data.decode(errors="replace") if self._is_mended(start + error.start) else None
+
+    def _is_mended(self, place: int) -> bool:
+        """Whether a document that is not UTF-8 at that byte gets U+FFFD there; else it is left out."""
+        where = " of the unpacked text" if self._span.file.compression else ""
+        message = f"not valid UTF-8 at byte {place}{where}"
+        if self._corpus.on_bad == "replace":
+            self._report.replaced += 1
+            self._example(message)
+            return True
+        self._bad("invalid_utf8", message)
+        return False
 
     def _decode_lines(self, data: bytes, start: int) -> str | None:
         """As `_decode`, of a piece that is a document by its size only: what is left out is a line of it."""
@@ -246,11 +254,18 @@ class _Reader:
                 self._bad("bad_record", f"the line at byte {place} is not a JSON object")
 
     def _json_array(self, file: _Data) -> Iterator[Any]:
-        head = file.read1(_BLOCK).removeprefix(_BOM).lstrip()
+        valid = _Marked(file)
+        head = valid.read1(_BLOCK).removeprefix(_BOM).lstrip()
         if not head.startswith(b"["):
             self._bad("unreadable", "is not a JSON array of records")
             return
-        for number, record in enumerate(ijson.items(_After(head, file), "item", use_float=True), 1):
+        for number, record in enumerate(ijson.items(_After(head, valid), "item", use_float=True), 1):
+            # Looked for only if there are marks in what has been read, which is little more than this record.
+            if valid.places and (marks := (text := json.dumps(record, ensure_ascii=False)).count(_MARK)):
+                places = [valid.places.popleft() for _ in range(marks)]
+                if not self._is_mended(places[0]):
+                    continue
+                record = json.loads(text.replace(_MARK, "\ufffd"))
             if isinstance(record, dict):
                 yield record
             else:
@@ -344,10 +359,42 @@ class _Reader:
                 yield filled % tuple(values)
 
 
+class _Marked:
+    """A file with a mark in place of each invalid byte, so that a parser does not stop there."""
+
+    def __init__(self, file: _Data) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._done = 0  # bytes before the next
+        self.places: deque[int] = deque()
+        """The byte at which each mark stands."""
+
+    def read1(self, size: int) -> bytes:
+        text = ""
+        while not text and (data := self._file.read1(size)):
+            text = self._decoder.decode(data)
+        text = text or self._decoder.decode(b"", final=True)
+        try:
+            valid = text.encode()
+            self._done += len(valid)
+        except UnicodeEncodeError:
+            valid = re.sub("[\udc80-\udcff]+|[^\udc80-\udcff]+", self._mark, text).encode()
+        return valid
+
+    def _mark(self, match: re.Match[str]) -> str:
+        data = match[0].encode(errors="surrogateescape")
+        start, self._done = self._done, self._done + len(data)
+        if not "\udc80" <= match[0][0] <= "\udcff":
+            return match[0]
+        count = len(data.decode(errors="replace"))
+        self.places.extend([start] * count)
+        return _MARK * count
+
+
 class _After:
     """A file that goes on after a part of it that was read."""
 
-    def __init__(self, head: bytes, file: _Data) -> None:
+    def __init__(self, head: bytes, file: _Marked) -> None:
         self._head, self._file = head, file
 
     def read(self, size: int = -1) -> bytes:

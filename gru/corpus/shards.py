@@ -126,6 +126,7 @@ def draft(recipe: Recipe, index: int, partition: Partition) -> Part:
                 _check(tokenizer, texts.spans[i].file.name, texts.encoded[i], ids[ends[i - 1] if i else 0 : ends[i]])
             seen += len(names)
             batch = _Batch(names, [span.file.name for span in texts.spans], *_closed(ids, ends, tokenizer))
+            del ids  # of one long document they are large, and twice what the shard takes of them
             for split, chosen in zip(_SPLITS, (~mask, mask), strict=True):
                 sizes[split] += lengths[:, chosen].sum(axis=1)
                 writers[split].add(batch.where(chosen))
@@ -197,11 +198,17 @@ def _read(partition: Partition, corpus: CorpusConfig, report: Report) -> Iterato
 
 def _ahead(items: Iterator[_Texts]) -> Iterator[_Texts]:
     """The same, each read while the one before is worked on."""
-    with ThreadPoolExecutor(1) as thread:
+    thread = _reading_thread()
+    coming = thread.submit(next, items, None)
+    while (item := coming.result()) is not None:
         coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
+        yield item
+
+
+@lru_cache(maxsize=1)
+def _reading_thread() -> ThreadPoolExecutor:
+    """One for all partitions: for each new thread malloc may keep another partition in memory, up to 8 a core."""
+    return ThreadPoolExecutor(1, "reading")
 
 
 def _closed(ids: Tokens, ends: Tokens, tokenizer: Tokenizer) -> tuple[Tokens, Tokens]:
@@ -320,7 +327,7 @@ class _ShardWriter:
         self._held = _Batch(
             np.concatenate([held.hashes, batch.hashes]),
             held.sources + batch.sources,
-            np.concatenate([held.tokens, batch.tokens]),
+            np.concatenate([held.tokens, batch.tokens]) if len(held.tokens) else batch.tokens,
             np.concatenate([held.ends, batch.ends + len(held.tokens)]),
         )
         self._held_lengths = np.concatenate([self._held_lengths, lengths])

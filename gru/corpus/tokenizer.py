@@ -29,6 +29,7 @@ Ids = np.ndarray[Any, np.dtype[np.uint32]]
 Ends = np.ndarray[Any, np.dtype[np.int64]]
 _Encoder = Callable[[list[str], bool], tuple[Ids, Ends]]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_RENEWED_AFTER = 1 << 24  # tokens
 _SEPARATOR = b"\xff"  # occurs in no UTF-8 text
 # Where BPE libraries come to differ: spaces, contractions, digits, scripts, controls, false special tokens.
 _PROBE = (
@@ -179,12 +180,17 @@ def _tokenizers_encoder(plain: str) -> _Encoder:
 
 
 def _gigatoken_encoder(plain: str) -> _Encoder:
+    """It remembers every word that it has seen, so a new one begins again before that fills the memory."""
     import gigatoken
 
-    library = gigatoken.Tokenizer.from_json(plain)
+    library, encoded = gigatoken.Tokenizer.from_json(plain), 0
 
     def encode(texts: list[str], parallel: bool) -> tuple[Ids, Ends]:
+        nonlocal library, encoded
+        if encoded > _RENEWED_AFTER:
+            library, encoded = gigatoken.Tokenizer.from_json(plain), 0
         layout: Any = library.encode_batch(texts, parallel=parallel).layout
+        encoded += len(layout.content.data)
         return layout.content.data, layout.offsets.data[1:]
 
     return encode

@@ -226,7 +226,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpora = {"source code": source_tree(folder / "tree", arguments.megabytes)}
+        corpora = {}
+        if arguments.only != ["memory"]:
+            corpora["source code"] = source_tree(folder / "tree", arguments.megabytes)
         if arguments.poems:
             corpora["poems"] = CorpusConfig(sources=[str(arguments.poems.absolute())], template=TEMPLATE)
         else:

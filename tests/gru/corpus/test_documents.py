@@ -314,7 +314,7 @@ def test_text_that_is_not_utf8_is_dropped_replaced_or_refused_with_its_place(tmp
         read(pieces, separator="--", on_bad="fail", partition_bytes=3)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "lists.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "lists.parquet"])
 def test_records_that_are_not_utf8_are_dropped_replaced_or_refused_with_their_place(tmp_path: Path, name: str) -> None:
     path = str(tmp_path / name)
     place = "byte 25"
@@ -323,6 +323,9 @@ def test_records_that_are_not_utf8_are_dropped_replaced_or_refused_with_their_pl
     elif name == "a.csv":
         write(tmp_path / name, b'"text"\n"ok"\n"and so on"\n"\xffx"\n"fine"\n')
         place = "byte 25"
+    elif name == "a.json":
+        write(tmp_path / name, b'[{"text": "ok"}, {"text": "\xffx"}, {"text": "fine"}]')
+        place = "byte 27"
     else:
         values = pa.Array.from_buffers(
             pa.string(),
@@ -341,6 +344,33 @@ def test_records_that_are_not_utf8_are_dropped_replaced_or_refused_with_their_pl
     assert (found, report.replaced, report.dropped) == ([*expected[:-1], "\ufffdx", "fine"], 1, {})
     with pytest.raises(UserError, match=f"{name}: .*{place}"):
         read(path, on_bad="fail")
+
+
+def test_a_json_array_that_is_not_utf8_reads_as_the_same_lines_do(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    bad = [b"\xff", b"\xe9\xbb", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xc3\x28", b"\x80\x80"]
+    records = [
+        b'{"title": "%d", "text": "%s"}'
+        % (i, b"".join(rng.choices([*bad, "黃".encode(), "😀".encode(), b"a"], [*[0.001] * 6, 1, 1, 1], k=400)))
+        for i in range(3000)
+    ]
+    array = write(tmp_path / "a.json", b"\xef\xbb\xbf[" + b",\n".join(records) + b"]")
+    packed = write(tmp_path / "b.json.gz", gzip.compress(b"[" + b", ".join(records) + b"]", 1))
+    lines = write(tmp_path / "c.jsonl", b"\n".join(records))
+    for settings in ({}, {"on_bad": "replace"}):
+        expected, report = read(lines, template="{title} {text}", **settings)
+        assert report.dropped["invalid_utf8"] > 1000 or report.replaced > 1000
+        for path in (array, packed):
+            found, other = read(path, template="{title} {text}", **settings)
+            assert found == expected
+            assert (other.dropped, other.replaced) == (report.dropped, report.replaced)
+    first = next(i for i, data in enumerate(records) if any(piece in data for piece in bad))
+    before = len(b"\xef\xbb\xbf[") + sum(len(data) + 2 for data in records[:first])
+    with pytest.raises(UnicodeDecodeError) as error:
+        records[first].decode()
+    place = before + error.value.start
+    with pytest.raises(UserError, match=rf"a.json: not valid UTF-8 at byte {place}$"):
+        read(array, template="{title} {text}", on_bad="fail")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import tokenizers
 
@@ -150,3 +151,25 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
     path.write_bytes(b"\xff{")
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer.json"):
         load(str(path))
+
+
+def test_encoding_takes_no_more_memory_the_more_it_has_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gru.corpus.tokenizer._RENEWED_AFTER", 500_000)
+    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), ["黃河入海流"])
+    assert bpe.backend == "gigatoken"
+    chance = np.random.default_rng(0)
+
+    def batch() -> list[str]:
+        """Words of six characters, none of them twice: 3 MB."""
+        codes = chance.integers(0x4E00, 0x9000, 1_200_000, dtype=np.uint32)
+        codes[::7] = ord(" ")
+        return [codes.tobytes().decode("utf-32-le")]
+
+    def encode() -> int:
+        bpe.encode_batch(batch())
+        return psutil.Process().memory_info().rss
+
+    before = max(encode() for _ in range(3))
+    assert max(encode() for _ in range(12)) - before < 60_000_000  # it would be three times as much
+    text = batch()[0][:10_000]
+    assert bpe.decode(bpe.encode(text)) == text
