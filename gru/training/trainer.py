@@ -136,6 +136,9 @@ def _fit(assignment: loop.Assignment, told: "Told") -> bool:
             callbacks=callbacks,
         ),
     )
+    # A controller that died leaves its claim on the cluster for 3 minutes, in which an elastic one would wait for room.
+    # Under the same name, the next one takes it over.
+    object.__setattr__(trainer.train_run_context, "run_id", name)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.stall_seconds)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.stall_seconds)  # of what workers ask rank 0 for

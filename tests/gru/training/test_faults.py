@@ -307,6 +307,9 @@ def test_as_many_workers_as_there_is_room_for(
             added = cluster.add_node(num_cpus=grown - len(cpus))
             run.wait_for_workers(grown)
             run.wait_for_step(run.newest_step() + 40)
+            run.close()  # the next one is to find the room that this one had claimed
+            run.start().wait_for_workers(grown, 60)
+            run.wait_for_step(run.newest_step() + 40)
             for node in [added, *cluster.worker_nodes]:
                 if node in cluster.worker_nodes:
                     cluster.remove_node(node, allow_graceful=False)
