@@ -115,7 +115,7 @@ def _fit(assignment: loop.Assignment, told: "Told") -> bool:
     storage.remove(storage.join(assignment.run, "checkpoint_manager_snapshot.json"))
     parent, name = assignment.run.rsplit("/", 1)
     callbacks: list[Any] = [_Narrator(assignment.progress, config.max_failures)]
-    trainer = TorchTrainer(
+    trainer: Any = TorchTrainer(
         loop.work,
         train_loop_config={"assignment": assignment},
         torch_config=TorchConfig(
