@@ -265,7 +265,8 @@ def test_a_node_killed(cluster: Cluster, start: Callable[..., Training], expecte
     run = start()
     run.wait_for_step(60)
     node = run.node_with_a_worker()
-    os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    kill_all([raylet, *raylet.children(recursive=True)])  # as a machine that loses its power
     try:
         run.finish()
     finally:
