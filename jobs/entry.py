@@ -90,6 +90,8 @@ def main(stage: str, description: str, run: Callable[[PipelineConfig, Call], dic
             raise
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()  # or what it says of a node that died may come after the result
     sys.stderr.flush()
     print(json.dumps(result, ensure_ascii=False), flush=True)
 

@@ -29,7 +29,7 @@ from gru.training.learner import Learner
 
 MODEL = {"embedding": 48, "hidden": 96, "layers": 2, "dropout": 0.1, "precision": "fp32"}
 TRAIN = {
-    "steps": 300,
+    "steps": 500,
     "lanes": 8,
     "window": 32,
     "workers": 2,

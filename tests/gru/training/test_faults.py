@@ -27,7 +27,9 @@ from tests.gru.training.runs import TRAIN, Site, Training, assert_same, cluster_
 
 pytestmark = pytest.mark.faults
 
-STEPS = list(range(TRAIN["log_steps"], TRAIN["steps"] + 1, TRAIN["log_steps"]))
+
+def logged_steps(steps: int) -> list[int]:
+    return list(range(TRAIN["log_steps"], steps + 1, TRAIN["log_steps"]))
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,12 @@ def site(cluster: Cluster, fables: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def expected(site: Site, cluster: Cluster) -> str:
     """SHA-256 of the weights that an undisturbed run of two workers ends with."""
-    run = site.run(cluster, "undisturbed").start()
-    run.finish()
-    assert run.logged() == STEPS
+    return weights_undisturbed(site.run(cluster, "undisturbed"))
+
+
+def weights_undisturbed(run: Training) -> str:
+    run.start().finish()
+    assert run.logged() == logged_steps(run.config["train"]["steps"])
     assert run.status() == "FINISHED"
     return run.weights()
 
@@ -77,7 +82,7 @@ def start(site: Site, cluster: Cluster, request: pytest.FixtureRequest) -> Itera
 
 def assert_as_undisturbed(run: Training, expected: str) -> None:
     assert run.weights() == expected
-    assert run.logged() == STEPS
+    assert run.logged() == logged_steps(run.config["train"]["steps"])
     assert run.status() == "FINISHED"
 
 
@@ -153,7 +158,7 @@ def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[...,
     assert "failure 1 of at most 3" in run.stderr
     [weights] = files.glob("corpora/store/runs/*/bundle/weights.safetensors")
     assert hashlib.sha256(files.cat_file(weights)).hexdigest() == expected
-    assert run.logged() == STEPS
+    assert run.logged() == logged_steps(TRAIN["steps"])
 
 
 def test_a_flipped_byte_in_the_newest_checkpoint(start: Callable[..., Training], expected: str) -> None:
@@ -273,6 +278,8 @@ def test_a_node_killed(cluster: Cluster, start: Callable[..., Training], expecte
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
     assert "failure 1 of at most 3" in run.stderr
+    result = json.loads((run.storage / "out.txt").read_text().splitlines()[-1])
+    assert result["stage"] == "train", "the result is the last line, whatever Ray says of the node"
     assert_as_undisturbed(run, expected)
 
 
@@ -329,17 +336,20 @@ def test_as_many_workers_as_there_is_room_for(
 
 
 @pytest.mark.parametrize(
-    ("seed", "kills"), [(1, 3), pytest.param(2, 10, marks=pytest.mark.chaos)], ids=["short", "long"]
+    ("seed", "kills", "steps"), [(1, 3, 500), pytest.param(2, 10, 2000, marks=pytest.mark.chaos)], ids=["short", "long"]
 )
-def test_random_kills(start: Callable[..., Training], expected: str, seed: int, kills: int) -> None:
+def test_random_kills(
+    site: Site, cluster: Cluster, start: Callable[..., Training], seed: int, kills: int, steps: int
+) -> None:
     """Of a worker, all of them, the controller or the driver, at random times after the last one's recovery."""
     chance = random.Random(seed)
-    room = (TRAIN["steps"] - 40) // kills - 20  # a checkpoint later it has recovered
+    expected = weights_undisturbed(site.run(cluster, f"undisturbed-{steps}", steps=steps))
+    room = steps // (2 * kills) - 20  # a checkpoint later it has recovered, and a few more pass before the kill
     plan = [(chance.randrange(room), chance.random(), chance.random()) for _ in range(kills)]
     victims = chance.sample(["worker", "workers", "driver"] * kills + ["controller"] * 2, kills)
-    run = start(max_failures=kills)
-    for (steps, seconds, which), victim in zip(plan, victims, strict=True):
-        run.wait_for_step(min(run.newest_step() + 20 + steps, TRAIN["steps"] - 40))
+    run = start(max_failures=kills, steps=steps)
+    for (wait, seconds, which), victim in zip(plan, victims, strict=True):
+        run.wait_for_step(run.newest_step() + 20 + wait)
         time.sleep(seconds / 4)
         if victim == "driver":
             run.close()
