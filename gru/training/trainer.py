@@ -16,7 +16,11 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import RunConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.util import remove_placement_group
 
@@ -264,7 +268,7 @@ def _reason(error: Exception) -> tuple[bool, str]:
     cause = _cause(error)
     if isinstance(cause, ray.exceptions.RayActorError):
         return True, "died"
-    if "hanging" in str(error):
+    if isinstance(error, WorkerHealthCheckTimeoutError):
         return True, "does not answer"
     return False, f"failed: {type(cause).__name__}: {_first_line(cause)}"
 
