@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru.config import ModelConfig
-from gru.model.normalisation import RMSNorm
 from gru.model.output import cross_entropy
 from gru.model.recurrence import GRU, dropout_mask
 
@@ -20,7 +19,7 @@ class Block(nn.Module):
     def __init__(self, width: int, hidden: int, products: torch.dtype) -> None:
         super().__init__()
         self.products = products
-        self.norm = RMSNorm(width)
+        self.norm = nn.LayerNorm(width, bias=False)
         self.gru = GRU(width, hidden, products)
         self.project = nn.Linear(hidden, width, bias=False) if hidden != width else nn.Identity()
 
@@ -49,7 +48,7 @@ class GRULanguageModel(nn.Module):
         self.products = products
         self.embedding = nn.Embedding(vocab_size, config.embedding)
         self.blocks = nn.ModuleList(Block(config.embedding, config.hidden, products) for _ in range(config.layers))
-        self.norm = RMSNorm(config.embedding)
+        self.norm = nn.LayerNorm(config.embedding, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         # Small: with a tied output, a large embedding in the residual stream predicts each token to follow itself.
         nn.init.normal_(self.embedding.weight, std=0.02)

@@ -119,7 +119,7 @@ class Recurrence(torch.autograd.Function):
             else:
                 recurrent_B3H.addmm_(before_BH, weight_hh_H3H)
             rz_B2H.sigmoid_()
-            n_BH.addcmul_(r_BH, s_BH).tanh_()
+            tanh_(n_BH.addcmul_(r_BH, s_BH))
             torch.lerp(n_BH, before_BH, z_BH, out=after_BH)
 
         ctx.products = products
@@ -132,41 +132,42 @@ class Recurrence(torch.autograd.Function):
         products, rounded = ctx.products, ctx.products != gates_TB4H.dtype
         (T, B, _), H = gates_TB4H.shape, states_TBH.shape[2]
         gates_TB4xH = gates_TB4H.unflatten(2, (4, H))
-        # d_gates: gradients of the sums that n, r, z are functions of, and of s = W_hn h + b_hn; with rounding also in
-        # the type of the products.
-        d_gates_TB4H = gates_TB4H
-        d_factors_TB4H = workspace.take((T, B, 4 * H), x_NE) if rounded else d_gates_TB4H
+        # d_gates: gradients of the sums that n, r, z are functions of, and of s = W_hn h + b_hn, in the type of products.
+        d_gates_TB4H = workspace.take((T, B, 4 * H), x_NE) if rounded else gates_TB4H
+        exact_B4xH = gates_TB4H.new_empty(B, 4, H)  # before rounding; of one step, so that it stays in cache
         weight_hh_3HH = weight_hh_3HH.to(products)
         product_BH = weight_hh_3HH.new_empty(B, H)
         summand_BH = product_BH.to(gates_TB4H.dtype)
         slopes_TB4xH = gates_TB4H.new_empty(min(T, BLOCK), B, 4, H)
         scratch_TBH = gates_TB4H.new_empty(min(T, BLOCK), B, H)
         dh_BH, next_BH = d_out_TBH[-1].clone(), torch.empty_like(summand_BH)
-        d_before_TBH = [torch.zeros_like(dh_BH), *d_out_TBH.unbind()[:-1]]  # from the output, for the state before each
+        d_before = [torch.zeros_like(dh_BH), *d_out_TBH.unbind()[:-1]]  # from the output, for the state before each
+        z, slopes = gates_TB4xH[:, :, 2].unbind(), slopes_TB4xH.unbind()
+        d_gates, from_h = d_gates_TB4H.unflatten(2, (4, H)).unbind(), d_gates_TB4H[:, :, H:].unbind()
         for start in reversed(range(0, T, BLOCK)):
             block = slice(start, min(start + BLOCK, T))
-            n_TBH, r_TBH, z_TBH, s_TBH = gates_TB4xH[block].unbind(2)
-            slopes_of_h(n_TBH, r_TBH, z_TBH, s_TBH, states_TBH[block], slopes_TB4xH, scratch_TBH)
+            slopes_of_h(*gates_TB4xH[block].unbind(2), states_TBH[block], slopes_TB4xH, scratch_TBH)
             for t in reversed(range(start, block.stop)):
-                torch.addcmul(d_before_TBH[t], dh_BH, z_TBH[t - start], out=next_BH)
-                torch.mul(dh_BH.unsqueeze(1), slopes_TB4xH[t - start], out=gates_TB4xH[t])
+                torch.addcmul(d_before[t], dh_BH, z[t], out=next_BH)
                 if rounded:
-                    d_factors_TB4H[t] = d_gates_TB4H[t]
-                    torch.mm(d_factors_TB4H[t, :, H:], weight_hh_3HH, out=product_BH)
+                    d_gates[t].copy_(torch.mul(dh_BH.unsqueeze(1), slopes[t - start], out=exact_B4xH))
+                    torch.mm(from_h[t], weight_hh_3HH, out=product_BH)
                     next_BH += summand_BH.copy_(product_BH)
                 else:
-                    next_BH.addmm_(d_gates_TB4H[t, :, H:], weight_hh_3HH)
+                    torch.mul(dh_BH.unsqueeze(1), slopes[t - start], out=d_gates[t])
+                    next_BH.addmm_(from_h[t], weight_hh_3HH)
                 dh_BH, next_BH = next_BH, dh_BH
 
-        d_bias_4H = d_gates_TB4H.sum((0, 1))
-        d_factors_N4H = d_factors_TB4H.view(T * B, 4 * H)
-        from_x_N3H, from_h_N3H = d_factors_N4H[:, : 3 * H], d_factors_N4H[:, H:]
+        d_gates_N4H = d_gates_TB4H.view(T * B, 4 * H)
+        from_x_N3H, from_h_N3H = d_gates_N4H[:, : 3 * H], d_gates_N4H[:, H:]
         d_x_NE = torch.mm(from_x_N3H, n_first(weight_ih_3HE.to(products))).to(dh_BH.dtype)
-        d_weight_ih_3HE = n_last(torch.mm(from_x_N3H.t(), x_NE).to(dh_BH.dtype))
-        d_weight_hh_3HH = torch.mm(from_h_N3H.t(), factors_TBH[:-1].view(T * B, H)).to(dh_BH.dtype)
+        # The narrower factor is the one that is read transposed.
+        d_weight_ih_3HE = n_last(torch.mm(x_NE.t(), from_x_N3H).t().to(dh_BH.dtype))
+        d_weight_hh_3HH = torch.mm(factors_TBH[:-1].view(T * B, H).t(), from_h_N3H).t().to(dh_BH.dtype)
+        d_bias_4H = torch.mm(d_gates_N4H.new_ones(1, T * B), d_gates_N4H)[0].to(dh_BH.dtype)
         workspace.give(gates_TB4H)
         if rounded:
-            workspace.give(d_factors_TB4H, factors_TBH)
+            workspace.give(d_gates_TB4H, factors_TBH)
         d_x_TBE = d_x_NE.view(T, B, -1)
         return d_x_TBE, dh_BH, d_weight_ih_3HE, d_weight_hh_3HH, n_last(d_bias_4H[: 3 * H]), d_bias_4H[H:], None
 
@@ -191,6 +192,11 @@ def slopes_of_h(
     sigmoid_backward.grad_input(torch.mul(by_n_TBH, s_TBH, out=scratch_TBH), r_TBH, grad_input=by_r_TBH)
     sigmoid_backward.grad_input(torch.sub(before_TBH, n_TBH, out=scratch_TBH), z_TBH, grad_input=by_z_TBH)
     torch.mul(by_n_TBH, r_TBH, out=by_s_TBH)
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """tanh x = 2 sigmoid(2 x) - 1, in place: torch's sigmoid uses vector instructions that its tanh does not."""
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
 def n_first(rows_3H: Tensor) -> Tensor:

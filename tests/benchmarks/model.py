@@ -43,7 +43,7 @@ def best(repeats: int, **sides: Work) -> dict[str, float]:
 
 def plain(learner: Learner) -> Learner:
     """The same model as PyTorch's word_language_model example computes it: torch.nn.GRU in fp32, all logits,
-    F.cross_entropy; and with torch.nn.RMSNorm."""
+    F.cross_entropy."""
 
     def recur(gru: GRU, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
         out_TBH, last_1BH = gru.gru(x_TBE, h_BH.unsqueeze(0))
@@ -58,8 +58,6 @@ def plain(learner: Learner) -> Learner:
 
     for block in learner.model.blocks:
         block.gru.forward = MethodType(recur, block.gru)
-    for norm in [learner.model.norm, *(block.norm for block in learner.model.blocks)]:
-        norm.forward = MethodType(torch.nn.RMSNorm.forward, norm)
     learner.model.loss = MethodType(loss, learner.model)
     return learner
 
