@@ -132,7 +132,7 @@ class Recurrence(torch.autograd.Function):
         products, rounded = ctx.products, ctx.products != gates_TB4H.dtype
         (T, B, _), H = gates_TB4H.shape, states_TBH.shape[2]
         gates_TB4xH = gates_TB4H.unflatten(2, (4, H))
-        # d_gates: gradients of the sums that n, r, z are functions of, and of s = W_hn h + b_hn, in the type of products.
+        # d_gates: gradients of the sums that n, r, z are functions of, and of s = W_hn h + b_hn, in the products' type.
         d_gates_TB4H = workspace.take((T, B, 4 * H), x_NE) if rounded else gates_TB4H
         exact_B4xH = gates_TB4H.new_empty(B, 4, H)  # before rounding; of one step, so that it stays in cache
         weight_hh_3HH = weight_hh_3HH.to(products)
