@@ -21,7 +21,7 @@ _LEAST_DISCOUNT = 0.1  # so that a context which saw each of its tokens twice le
 class NGramModel:
     """Counted on a stream of tokens [N], documents end to end, each with its end of text.
 
-    Memory: some 60 bytes a token while it counts.
+    Memory: some 100 bytes a token while it counts.
     """
 
     def __init__(self, tokens: Tokens, vocab_size: int, end_of_text: int, order: int = 5) -> None:
