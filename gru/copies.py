@@ -17,6 +17,7 @@ _BETWEEN = "\ud800"  # texts; no character, so that no span has it
 _TABLE_BITS = 22
 _BASE = 0x9E3779B97F4A7C15  # odd
 
+Tokens = np.ndarray[Any, np.dtype[Any]]
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -54,7 +55,7 @@ def spans(text: str) -> Iterator[str]:
     return (text[start : start + SPAN] for start in range(len(text) - SPAN + 1))
 
 
-def repetition(samples: Iterable[Sequence[int]]) -> float | None:
+def repetition(samples: Iterable[Sequence[int] | Tokens]) -> float | None:
     """The share of a sample's 4-grams of tokens that stand earlier in the same sample, on average over the samples:
     seq-rep-4 of Welleck et al. (2019, arXiv:1908.04319). None where no sample is that long."""
     shares = []

@@ -1,7 +1,9 @@
 """How good a model is: its loss on held-out text, how far back it reads, and the texts that it writes.
 
 Bits per byte and what is given per character do not depend on the tokenizer, so models with different ones can be
-compared on the same text. T time, B starting points side by side, V vocabulary.
+compared on the same text.
+
+N tokens of the text; T time, B lanes or starting points side by side, L layers, E embedding, H hidden.
 """
 
 import hashlib
@@ -118,6 +120,7 @@ def read(tokenizer: Tokenizer, texts: Iterable[str], most_bytes: int) -> Heldout
 
 
 def score(model: GRULanguageModel, heldout: Heldout, lanes: int) -> Scores:
+    """The model's scores on the text, read in so many lanes."""
     return heldout.scores(token_losses(model, heldout, lanes), lanes)
 
 
@@ -279,7 +282,7 @@ class Writing:
     copied: dict[float, Copied]
     heldout: Copied
     searched_bytes: int
-    """How much of the training text was searched; where that is not all, more may be copied."""
+    """How much of the training text was searched at least; where that is not all, more may be copied."""
 
 
 def examine_writing(

@@ -12,6 +12,8 @@ from jobs import entry, stages
 if TYPE_CHECKING:
     from gru.evaluation import Copied, Reach, Scores
 
+NOTHING = 0.0005  # nats a token
+
 
 def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     entry.require_tracking()
@@ -53,7 +55,10 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
             run.client.log_text(run.id, text, f"samples/temperature-{temperature:g}.txt")
     for line in report(scores, ngram, reaches, shares):
         call.progress(line)
-    call.progress(f"copies were looked for in {writing.searched_bytes / 1e6:,.1f} MB of training text")
+    call.progress(
+        f"copied: spans of 32 characters that stand in {writing.searched_bytes / 1e6:,.1f} MB of training text; "
+        "repeated: 4-grams of tokens that stand in their text before"
+    )
     result = {
         "stage": stage.name,
         "key": stage.key,
@@ -74,10 +79,12 @@ def report(scores: "Scores", ngram: "Scores", reaches: "list[Reach]", shares: "d
     yield f"{'held-out text':30} {'model':>12} {'n-gram model':>12}"
     for (name, value), other in zip(scores.measures().items(), ngram.measures().values(), strict=True):
         yield f"{name.replace('_', ' '):30} {value:12,.3f} {other:12,.3f}"
-    yield f"{'tokens read since a reset':30} {'nats a token':>12} {'too many':>12}"
+    yield f"{'tokens read since a reset':30} {'nats a token':>12} {'excess':>12}"
     for reach in reaches:
-        span = f"{reach.first:,}-{reach.last:,}" if reach.last > reach.first else f"{reach.first}"
+        span = f"{reach.first:,} to {reach.last:,}" if reach.last > reach.first else f"{reach.first}"
         yield f"{span:30} {reach.nats:12.3f} {reach.excess:12.3f}"
+        if reach.excess < NOTHING:
+            break  # all that are further say the same
     yield f"{'text':30} {'copied':>12} {'repeated':>12}"
     for name, part in shares.items():
         of = ["" if share is None else f"{share:.1%}" for share in (part.copied_share, part.repetition)]
