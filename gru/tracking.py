@@ -114,6 +114,27 @@ class Run:
         axes.legend()
         self.client.log_figure(self.id, figure, "loss.png")
 
+    def log_context_losses(self, losses: list[dict[str, Any]], scale: Mapping[str, float]) -> None:
+        """Loss by tokens read since a reset, as context.json and a plot, context.png.
+
+        losses: by distance, with `last` (the last distance of those that `nats` is the mean of) and `error`.
+        scale: names of losses that do not depend on it.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        read, nats = [loss["last"] for loss in losses], [loss["nats"] for loss in losses]
+        axes.errorbar(read, nats, [loss["error"] or 0 for loss in losses], marker="o", capsize=3, label="model")
+        for number, (name, value) in enumerate(scale.items(), 1):
+            axes.axhline(value, color=f"C{number}", linestyle="--", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="tokens read since a reset (up to)", ylabel="nats per token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        self.client.log_figure(self.id, figure, "context.png")
+        self.client.log_dict(self.id, {"losses": losses, **scale}, "context.json")
+
     def watch_system(self) -> "SystemMetricsMonitor":
         """Log this machine's metrics, until what is returned is finished."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor

@@ -1,11 +1,18 @@
 """Score the trained model on held-out text, and let it write some."""
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from gru import tracking
 from gru.config import PipelineConfig
 from jobs import entry, stages
+
+if TYPE_CHECKING:
+    from gru.evaluation import Copied, Reach, Scores
+
+NOTHING = 0.0005  # nats a token
 
 
 def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
@@ -24,30 +31,64 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
         run.log_params({"evaluate": settings.model_dump()})
         call.progress("scoring held-out text")
-        texts = open_dataset(prepared["dataset"]).texts("heldout")
-        scores = evaluation.score(bundle.model, bundle.tokenizer, texts, settings.lanes, settings.heldout_bytes)
-        call.progress(f"{scores.bits_per_byte:.3f} bits per byte; writing samples")
-        samples = evaluation.sample_texts(
-            bundle.model, bundle.tokenizer, settings.prompt, settings.sample_tokens, settings.temperatures
-        )
-        measured = {
-            "bits_per_byte": scores.bits_per_byte,
-            "nats_per_character": scores.nats_per_character,
-            "perplexity": scores.perplexity,
-        }
-        run.log_metrics({**measured, "heldout_tokens": scores.tokens})
+        dataset = open_dataset(prepared["dataset"])
+        heldout = evaluation.read(bundle.tokenizer, dataset.texts("heldout"), settings.heldout_bytes)
+        losses = evaluation.token_losses(bundle.model, heldout, settings.lanes)
+        scores = heldout.scores(losses, settings.lanes)
+        call.progress(f"{scores.bits_per_byte:.3f} bits per byte; counting n-grams")
+        ngram = evaluation.score_ngrams(dataset, heldout)
+        call.progress("starting anew all over the text")
+        reaches = evaluation.context_losses(bundle.model, heldout, losses)
+        call.progress("writing samples, and looking for copies in the training text")
+        writing = evaluation.examine_writing(bundle.model, bundle.tokenizer, settings, dataset, heldout)
+        measured = scores.measures() | {f"ngram_{name}": value for name, value in ngram.measures().items()}
+        shares = {f"temperature-{t:g}": part for t, part in writing.copied.items()} | {"heldout": writing.heldout}
+        copied = {f"{name}/{measure}": v for name, part in shares.items() for measure, v in part.measures().items()}
+        samples = [settings.prompt + bundle.tokenizer.decode(writing.samples[t][0]) for t in settings.temperatures]
+        sizes = {"heldout_tokens": scores.tokens, "searched_bytes": writing.searched_bytes}
+        run.log_metrics(measured | copied | sizes)
+        context = [asdict(reach) for reach in reaches]
+        if context:
+            scale = {"state carried": scores.nats_per_token, "n-gram model": ngram.nats_per_token}
+            run.log_context_losses(context, scale)
         for temperature, text in zip(settings.temperatures, samples, strict=True):
             run.client.log_text(run.id, text, f"samples/temperature-{temperature:g}.txt")
+    for line in report(scores, ngram, reaches, shares):
+        call.progress(line)
+    call.progress(
+        f"copied: spans of 32 characters that stand in {writing.searched_bytes / 1e6:,.1f} MB of training text; "
+        "repeated: 4-grams of tokens that stand in their text before"
+    )
     result = {
         "stage": stage.name,
         "key": stage.key,
         **measured,
+        "context": context,
+        "copied": copied,
+        "searched_bytes": writing.searched_bytes,
         "text": scores.text,
         "samples": samples,
         "run": run.id,
         "seconds": round(time.monotonic() - started, 1),
     }
     return stage.commit(result)
+
+
+def report(scores: "Scores", ngram: "Scores", reaches: "list[Reach]", shares: "dict[str, Copied]") -> Iterator[str]:
+    """What was found, for people, next to what it is to be compared with."""
+    yield f"{'held-out text':30} {'model':>12} {'n-gram model':>12}"
+    for (name, value), other in zip(scores.measures().items(), ngram.measures().values(), strict=True):
+        yield f"{name.replace('_', ' '):30} {value:12,.3f} {other:12,.3f}"
+    yield f"{'tokens read since a reset':30} {'nats a token':>12} {'excess':>12}"
+    for reach in reaches:
+        span = f"{reach.first:,} to {reach.last:,}" if reach.last > reach.first else f"{reach.first}"
+        yield f"{span:30} {reach.nats:12.3f} {reach.excess:12.3f}"
+        if reach.excess < NOTHING:
+            break  # all that are further say the same
+    yield f"{'text':30} {'copied':>12} {'repeated':>12}"
+    for name, part in shares.items():
+        of = ["" if share is None else f"{share:.1%}" for share in (part.copied_share, part.repetition)]
+        yield f"{name:30} {of[0]:>12} {of[1]:>12}"
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
             bundle = registry.fetch_bundle(champion, Path(directory))
         texts = open_dataset(prepared["dataset"]).texts("heldout")
         settings = config.evaluate
-        return evaluation.score(
-            bundle.model, bundle.tokenizer, texts, settings.lanes, settings.heldout_bytes
-        ).bits_per_byte
+        heldout = evaluation.read(bundle.tokenizer, texts, settings.heldout_bytes)
+        return evaluation.score(bundle.model, heldout, settings.lanes).bits_per_byte
 
     with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
         call.progress("registering")

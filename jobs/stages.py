@@ -105,7 +105,8 @@ def train(config: PipelineConfig, prepared: Result) -> Stage:
 
 
 def evaluate(config: PipelineConfig, prepared: Result, trained: Result) -> Stage:
-    key = content_key("evaluate", trained["key"], prepared["heldout_digest"], config.evaluate)
+    # 2: what is measured; results from before the last change to it lack something.
+    key = content_key("evaluate", 2, trained["key"], prepared["heldout_digest"], config.evaluate)
     return Stage("evaluate", key, storage.join(config.storage, "runs", trained["key"], f"evaluation-{key}.json"))
 
 

@@ -100,7 +100,8 @@ def train_generator(config_json: str, key: str) -> Result:
     except Exception:
         close_parent(parent, "FAILED", {})
         raise
-    measured = {name: results["evaluate"][name] for name in ("bits_per_byte", "nats_per_character", "perplexity")}
+    names = ("bits_per_byte", "nats_per_character", "perplexity_per_token", "ngram_bits_per_byte")
+    measured = {name: results["evaluate"][name] for name in names}
     close_parent(parent, "FINISHED", measured)
     return {
         "model": results["promote"]["model"],

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = ["gru", "jobs", "pipelines"]  # lower layers first
 PLAIN = [
+    "gru/copies.py",
     "gru/model",
     "gru/corpus/dataset.py",
     "gru/corpus/documents.py",
@@ -18,6 +19,7 @@ PLAIN = [
     "gru/corpus/shards.py",
     "gru/corpus/sources.py",
     "gru/corpus/tokenizer.py",
+    "gru/ngram.py",
     "gru/serving/engine.py",
     "gru/serving/sampling.py",
     "gru/serving/text.py",

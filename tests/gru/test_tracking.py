@@ -1,5 +1,6 @@
 import resource
 
+import mlflow.artifacts
 import mlflow.exceptions
 import pytest
 
@@ -51,6 +52,15 @@ def test_more_points_than_one_call_takes(mlflow_store: str) -> None:
     assert [step for step, _ in run.history("train/loss")] == list(range(1, 2003))
     run.log_loss_curve()
     assert [file.path for file in run.client.list_artifacts(run.id)] == ["loss.png"]
+
+
+def test_context_losses_are_a_picture_and_numbers(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "evaluate")
+    losses = [{"last": 1, "nats": 3.0, "error": 0.1}, {"last": 2, "nats": 2.0, "error": None}]
+    run.log_context_losses(losses, {"n-gram model": 2.5})
+    assert {file.path for file in run.client.list_artifacts(run.id)} == {"context.png", "context.json"}
+    logged = mlflow.artifacts.load_dict(f"runs:/{run.id}/context.json")
+    assert logged == {"losses": losses, "n-gram model": 2.5}
 
 
 def test_points_that_could_not_be_logged_are_logged_later(mlflow_store: str) -> None:

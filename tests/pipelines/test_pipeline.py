@@ -272,7 +272,10 @@ def test_mlflow_has_each_step_once_and_the_true_status_of_every_run(pipeline: Pi
     assert train.inputs.dataset_inputs[0].dataset.name == "fables"
     assert "system/cpu_utilization_percentage" in train.data.metrics
     assert "loss.png" in [file.path for file in client.list_artifacts(train.info.run_id)]
-    assert len(client.list_artifacts(runs["evaluate"].info.run_id, "samples")) == 3
+    evaluated = runs["evaluate"]
+    assert len(client.list_artifacts(evaluated.info.run_id, "samples")) == 3
+    assert {"context.png", "context.json"} <= {file.path for file in client.list_artifacts(evaluated.info.run_id)}
+    assert {"ngram_bits_per_byte", "heldout/copied_share", "temperature-1/repetition"} <= set(evaluated.data.metrics)
     version = client.get_model_version_by_alias("fables", "champion")
     assert float(version.tags["bits_per_byte"]) == pipeline.result["bits_per_byte"]
 
