@@ -77,6 +77,21 @@ def test_values_and_gradients_are_those_of_the_published_equations(
             assert error < TOLERANCES[products], f"{name}: off by {error:.1e}"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("products", TOLERANCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu_too(shape: tuple[int, int, int, int], products: torch.dtype) -> None:
+    gru, weights = layer(shape[2], shape[3], products, seed=shape[0])
+    x_TBE, h_BH = draw(shape, seed=shape[1])
+    expected = outcome(lambda x, h: published(x, h, weights), x_TBE, h_BH, weights)
+    gru.cuda()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        found = outcome(lambda x, h: gru(x, h)[0], x_TBE.float().cuda(), h_BH.float().cuda(), gru.gru.all_weights[0])
+    for name, tensor in expected.items():
+        error = (found[name].cpu() - tensor).abs().max() / tensor.abs().max()
+        assert error < TOLERANCES[products], f"{name}: off by {error:.1e}"
+
+
 def test_in_float64_it_is_exact() -> None:
     gru, weights = layer(7, 11, torch.float64, seed=0)
     x_TBE, h_BH = draw((19, 3, 7, 11), seed=0)
