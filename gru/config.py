@@ -20,6 +20,7 @@ BUILT_IN_SOURCES = ("python-stdlib",)
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Cell = Literal["gru", "lstm", "rnn", "mingru"]
 
 
 class Section(BaseModel):
@@ -92,8 +93,12 @@ class TokenizerConfig(Section):
 
 class ModelConfig(Section):
     embedding: PositiveInt = Field(384, description="Width of the token embedding, shared with the output layer.")
-    hidden: PositiveInt = Field(384, description="Width of the hidden state of each GRU layer.")
-    layers: PositiveInt = Field(1, description="Number of residual GRU blocks.")
+    hidden: PositiveInt = Field(384, description="Width of the hidden state of each recurrent layer.")
+    layers: PositiveInt = Field(1, description="Number of residual recurrent blocks.")
+    cell: Cell = Field(
+        "gru",
+        description="What a block recurs with: `gru`, `lstm`, `rnn` (tanh), or `mingru`, whose gates read no state.",
+    )
     dropout: Share = Field(0.0, description="Share of each block's input and of the output dropped in training.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",

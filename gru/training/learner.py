@@ -1,7 +1,7 @@
 """What learns: a model, its optimizer, its moving average and the states of the lanes it owns.
 
 Plain PyTorch over one process of a group. It knows neither Ray nor where tokens come from.
-T time, B own lanes, G all lanes, L layers, H hidden, P parameters end to end.
+T time, B own lanes, G all lanes, L layers, H state, P parameters end to end.
 """
 
 import copy
