@@ -5,7 +5,7 @@ Bits per byte do not depend on the tokenizer, so models with different ones can 
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -15,10 +15,15 @@ import torch
 from gru.corpus.lanes import stream_batches
 from gru.corpus.tokenizer import Tokenizer
 from gru.model.language_model import GRULanguageModel
+from gru.model.transformer import Transformer
 from gru.serving.engine import Engine, Finish
 from gru.serving.sampling import SamplingParams
 
 WINDOW = 256
+
+LanguageModel = GRULanguageModel | Transformer
+Batches = Callable[[np.ndarray, int, int, int], Iterable[tuple[np.ndarray, ...]]]
+"""(tokens, lanes, window, end of text) -> (inputs, targets, weights) [T, lanes]"""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,17 @@ class Scores:
         return math.exp(self.nats / self.tokens)
 
 
-def score(model: GRULanguageModel, tokenizer: Tokenizer, texts: Iterable[str], lanes: int, most_bytes: int) -> Scores:
-    """Score whole documents, in order, until there are `most_bytes`; the state is carried from one to the next."""
+def score(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    lanes: int,
+    most_bytes: int,
+    batches: Batches = stream_batches,
+    window: int = WINDOW,
+) -> Scores:
+    """Score whole documents, in order, until there are `most_bytes`; the state is carried from one to the next, or
+    what `batches` makes of it."""
     parts: list[np.ndarray] = []
     size = characters = 0
     digest = hashlib.sha256(f"{lanes} lanes".encode())
@@ -61,12 +75,12 @@ def score(model: GRULanguageModel, tokenizer: Tokenizer, texts: Iterable[str], l
         if size >= most_bytes:
             break
     tokens = np.concatenate(parts)
-    batches = stream_batches(tokens, lanes, WINDOW, tokenizer.end_of_text)
-    return Scores(stream_loss(model, batches, lanes), len(tokens), size, characters, digest.hexdigest())
+    nats = stream_loss(model, batches(tokens, lanes, window, tokenizer.end_of_text), lanes)
+    return Scores(nats, len(tokens), size, characters, digest.hexdigest())
 
 
 @torch.inference_mode()
-def stream_loss(model: GRULanguageModel, batches: Iterable[tuple[np.ndarray, ...]], lanes: int) -> float:
+def stream_loss(model: LanguageModel, batches: Iterable[tuple[np.ndarray, ...]], lanes: int) -> float:
     """Summed loss in nats over batches of (inputs, targets, weights) [T, lanes], the state carried between them."""
     device = model.output_bias.device
     state_LBH = model.initial_state(lanes)
