@@ -243,18 +243,30 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     except ValueError as error:  # of TOML, JSON or UTF-8
         raise UserError(f"{path}: not valid {'JSON' if inline else 'TOML'}: {error}") from None
     for override in overrides:
-        _apply(table, override)
+        _apply(table, override, "--set ")
+    return _validated(table, str(path))
+
+
+def changed(config: PipelineConfig, overrides: Sequence[str], option: str) -> PipelineConfig:
+    """The configuration with `section.key=value` overrides that `option` gave, which is named if they are wrong."""
+    table = config.model_dump()
+    for override in overrides:
+        _apply(table, override, option)
+    return _validated(table, option.strip(" :"))
+
+
+def _validated(table: dict[str, Any], where: str) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(table)
     except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
+        raise UserError(f"{where}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
+def _apply(table: dict[str, Any], override: str, option: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise UserError(f"--set {override}: expected section.key=value, as in --set train.steps=100")
+        raise UserError(f"{option}{override}: expected section.key=value, as in train.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -262,7 +274,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {override}: {part} is a value, not a section")
+            raise UserError(f"{option}{override}: {part} is a value, not a section")
     table[parts[-1]] = value
 
 
