@@ -55,12 +55,13 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     directory = storage.join(
         config.storage, "comparisons", content_key("compare", prepared["digest"], measured, seconds, machine)
     )
-    key = content_key("compare", directory.rsplit("/", 1)[1], [(each.name, each.key) for each in contenders], seeds)
+    drawn = range(config.train.seed, config.train.seed + seeds)
+    key = content_key(directory.rsplit("/", 1)[1], [(each.name, each.key) for each in contenders], list(drawn))
 
     def record_of(contender: comparison.Contender, seed: int, parent: tracking.Run) -> comparison.Record:
         path = storage.join(directory, f"{contender.name}-{contender.key}-{seed}.json")
         name = f"{contender.name}, seed {seed}"
-        child_key = content_key(key, contender.key, seed)
+        child_key = content_key(key, contender.name, seed)
         if storage.exists(path) and tracking.is_finished(config.experiment, child_key):
             call.progress(f"{name}: done already")
             return storage.read_json(path)
@@ -71,8 +72,12 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
                 record: comparison.Record = storage.read_json(path)
             else:
                 call.progress(f"{name}: training for {seconds:g} s")
+
+                def show(line: str) -> None:
+                    call.progress(f"{name}: {line}")
+
                 record = comparison.train(
-                    contender, seed, dataset, heldout, seconds, settings.lanes, settings.heldout_bytes, device
+                    contender, seed, dataset, heldout, seconds, settings.lanes, settings.heldout_bytes, device, show
                 )
                 storage.write_json(path, record)
                 call.progress(f"{name}: {_outcome(record)}")
@@ -93,7 +98,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
         run.log_params({"seconds": seconds, "seeds": seeds, "contenders": ", ".join(runs), "machine": machine})
         counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
         run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
-        for seed in range(config.train.seed, config.train.seed + seeds):
+        for seed in drawn:
             for contender in contenders:
                 runs[contender.name].append(record_of(contender, seed, run))
         rows = report.summarise(runs)

@@ -192,6 +192,7 @@ def train(
     lanes: int,
     most_bytes: int,
     device: torch.device,
+    show: Callable[[str], None],
 ) -> Record:
     """Train one contender for so many seconds, measured on the tokens `heldout` on the way and at its end on all
     held-out text, `most_bytes` at most, read in `lanes` stretches. Raises UserError if the corpus is too small."""
@@ -204,7 +205,9 @@ def train(
 
     def measure() -> float:
         batches = cut(heldout, lanes, window, manifest.end_of_text)
-        return stream_loss(learner.average, batches, lanes) / len(heldout)
+        loss = stream_loss(learner.average, batches, lanes) / len(heldout)
+        show(f"step {learner.step:,}, held-out loss {loss:.4f}")
+        return loss
 
     diverged: str | None = None
     points: list[Point] = []
@@ -222,7 +225,9 @@ def train(
             diverged = str(divergence)
     if diverged is None and not math.isfinite(losses[-1]):
         diverged = f"the held-out loss is {losses.pop()} at step {learner.step}"
-    tokenizer, model = dataset.tokenizer(), learner.average
+    tokenizer = dataset.tokenizer()
+    model = contender.build(contender.model, manifest.vocab_size, torch.float32).to(device)  # as it would be served
+    model.load_state_dict(learner.average.state_dict())
     text = decode(tokenizer, heldout[heldout != manifest.end_of_text])
     scores = None
     if diverged is None:
