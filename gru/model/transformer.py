@@ -1,9 +1,10 @@
 """A decoder-only Transformer to compare the recurrent models with. It is not served.
 
 Vaswani et al. 2017 (arXiv:1706.03762) as it is built now: norms before the layers, without biases (RMSNorm), rotary
-positions (arXiv:2104.09864), a gated feed-forward layer (SwiGLU, arXiv:2002.05202), and the initialisation and the
-places of dropout of nanoGPT. It has the recurrent models' call shapes, so that the same training loop drives it; its
-state is empty, and what it knows of the past is the window that it is given.
+positions (arXiv:2104.09864), a gated feed-forward layer (SwiGLU, arXiv:2002.05202). Initialisation and dropout are
+nanoGPT's, but that weights of attention are not dropped, which rules out the fast kernels. It has the recurrent models'
+call shapes, so that the same training loop drives it; its state is empty, and what it knows of the past is the window
+that it is given.
 
 Plain PyTorch. T time, B lanes, E width, A heads, D width of a head, F width of the feed-forward layer, V vocabulary.
 """
@@ -20,7 +21,7 @@ from gru.model.output import cross_entropy
 
 INITIAL_STD = 0.02
 ROTARY_BASE = 10_000.0
-HEAD_WIDTH = 32
+HEAD_WIDTH = 64
 WIDTH_PER_LAYER = 48
 """Of nanoGPT's small configurations: 4 layers of 128 on a CPU, 6 of 384 on a GPU."""
 
@@ -82,7 +83,7 @@ class Layer(nn.Module):
         projected = self.queries_keys_values(self.attention_norm(x_BTE)).view(B, T, 3, self.heads, E // self.heads)
         q_BATD, k_BATD, v_BATD = projected.permute(2, 0, 3, 1, 4)
         q_BATD, k_BATD = rotate(q_BATD, turns), rotate(k_BATD, turns)
-        seen_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, dropout_p=dropout, is_causal=True)
+        seen_BATD = F.scaled_dot_product_attention(q_BATD, k_BATD, v_BATD, is_causal=True)
         x_BTE = x_BTE + F.dropout(self.attended(seen_BATD.transpose(1, 2).reshape(B, T, E)), dropout)
         gate_BTF, values_BTF = self.gate_and_values(self.feed_forward_norm(x_BTE)).chunk(2, dim=-1)
         return x_BTE + F.dropout(self.fed(F.silu(gate_BTF) * values_BTF), dropout)
