@@ -20,6 +20,7 @@ BUILT_IN_SOURCES = ("python-stdlib",)
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Cell = Literal["gru", "lstm", "rnn", "mingru"]
 
 
 class Section(BaseModel):
@@ -92,8 +93,12 @@ class TokenizerConfig(Section):
 
 class ModelConfig(Section):
     embedding: PositiveInt = Field(384, description="Width of the token embedding, shared with the output layer.")
-    hidden: PositiveInt = Field(384, description="Width of the hidden state of each GRU layer.")
-    layers: PositiveInt = Field(1, description="Number of residual GRU blocks.")
+    hidden: PositiveInt = Field(384, description="Width of the hidden state of each recurrent layer.")
+    layers: PositiveInt = Field(1, description="Number of residual recurrent blocks.")
+    cell: Cell = Field(
+        "gru",
+        description="What a block recurs with: `gru`, `lstm`, `rnn` (tanh), or `mingru`, whose gates read no state.",
+    )
     dropout: Share = Field(0.0, description="Share of each block's input and of the output dropped in training.")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
@@ -238,18 +243,30 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     except ValueError as error:  # of TOML, JSON or UTF-8
         raise UserError(f"{path}: not valid {'JSON' if inline else 'TOML'}: {error}") from None
     for override in overrides:
-        _apply(table, override)
+        _apply(table, override, "--set ")
+    return _validated(table, str(path))
+
+
+def changed(config: PipelineConfig, overrides: Sequence[str], option: str) -> PipelineConfig:
+    """The configuration with `section.key=value` overrides that `option` gave, which is named if they are wrong."""
+    table = config.model_dump()
+    for override in overrides:
+        _apply(table, override, option)
+    return _validated(table, option.strip(" :"))
+
+
+def _validated(table: dict[str, Any], where: str) -> PipelineConfig:
     try:
         return PipelineConfig.model_validate(table)
     except ValidationError as error:
-        raise UserError(f"{path}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
+        raise UserError(f"{where}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
+def _apply(table: dict[str, Any], override: str, option: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise UserError(f"--set {override}: expected section.key=value, as in --set train.steps=100")
+        raise UserError(f"{option}{override}: expected section.key=value, as in train.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -257,7 +274,7 @@ def _apply(table: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise UserError(f"--set {override}: {part} is a value, not a section")
+            raise UserError(f"{option}{override}: {part} is a value, not a section")
     table[parts[-1]] = value
 
 

@@ -23,6 +23,7 @@ from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import stream_batches
 from gru.corpus.tokenizer import Tokenizer
 from gru.model.language_model import GRULanguageModel
+from gru.model.transformer import Transformer
 from gru.ngram import NGramModel
 from gru.serving.engine import Engine, Finish
 from gru.serving.sampling import GREEDY, SamplingParams
@@ -40,6 +41,8 @@ SEARCHED_BYTES = 200_000_000  # of training text, 20 seconds
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 Losses = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+LanguageModel = GRULanguageModel | Transformer
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,8 @@ class Heldout:
     characters: int
     digest: str
 
-    def scores(self, losses: Losses, lanes: int) -> Scores:
-        """losses: of each token in nats [N]. lanes: stretches that were read side by side, a reset before each."""
-        nats = float(losses.sum(dtype=np.float64))
+    def scores(self, nats: float, lanes: int) -> Scores:
+        """nats: the loss in all. lanes: stretches that were read side by side, a reset before each."""
         text = hashlib.sha256(f"{lanes} lanes of {self.digest}".encode()).hexdigest()
         return Scores(nats, len(self.tokens), self.bytes, self.characters, text)
 
@@ -121,7 +123,7 @@ def read(tokenizer: Tokenizer, texts: Iterable[str], most_bytes: int) -> Heldout
 
 def score(model: GRULanguageModel, heldout: Heldout, lanes: int) -> Scores:
     """The model's scores on the text, read in so many lanes."""
-    return heldout.scores(token_losses(model, heldout, lanes), lanes)
+    return heldout.scores(float(token_losses(model, heldout, lanes).sum(dtype=np.float64)), lanes)
 
 
 @torch.inference_mode()
@@ -139,7 +141,7 @@ def score_ngrams(dataset: Dataset, heldout: Heldout) -> Scores:
     """An n-gram model of the dataset's training tokens, at most NGRAM_TOKENS from all over it, on the same tokens."""
     manifest = dataset.manifest
     model = NGramModel(_spread(dataset, NGRAM_TOKENS), manifest.vocab_size, manifest.end_of_text, NGRAM_ORDER)
-    return heldout.scores(model.losses(heldout.tokens), lanes=1)
+    return heldout.scores(float(model.losses(heldout.tokens).sum()), lanes=1)
 
 
 def _spread(dataset: Dataset, most: int) -> Tokens:
@@ -151,7 +153,7 @@ def _spread(dataset: Dataset, most: int) -> Tokens:
 
 
 @torch.inference_mode()
-def stream_loss(model: GRULanguageModel, batches: Iterable[tuple[np.ndarray, ...]], lanes: int) -> float:
+def stream_loss(model: LanguageModel, batches: Iterable[tuple[np.ndarray, ...]], lanes: int) -> float:
     """Summed loss in nats over batches of (inputs, targets, weights) [T, lanes], the state carried between them."""
     device = model.output_bias.device
     state_LBH = model.initial_state(lanes)

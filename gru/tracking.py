@@ -171,6 +171,15 @@ def open_run(experiment: str, key: str, name: str, parent: str | None = None) ->
     return Run(client, run.info.run_id, experiment_id)
 
 
+def is_finished(experiment: str, key: str) -> bool:
+    """Whether the experiment has a run with this key that is FINISHED."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    wanted = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
+    return bool(client.search_runs([_experiment_id(client, experiment)], wanted, max_results=1))
+
+
 def open_metrics(uri: str, run_id: str) -> Run:
     """A run of the server at `uri`, for metrics that are logged again later if it does not answer: it is given up
     after seconds, not MLflow's minutes."""

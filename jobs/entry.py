@@ -33,6 +33,8 @@ class Call:
     dataset: str | None
     """Directory of the dataset; found by the sources as they are now where absent."""
     progress: Progress
+    arguments: argparse.Namespace
+    """What the job's own options say."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,12 +61,18 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
     )
 
 
-def main(stage: str, description: str, run: Callable[[PipelineConfig, Call], dict[str, Any]]) -> None:
-    """Run a job: `run(config, call)` gives the result."""
+def main(
+    stage: str,
+    description: str,
+    run: Callable[[PipelineConfig, Call], dict[str, Any]],
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> None:
+    """Run a job: `run(config, call)` gives the result. `add_arguments` adds options of its own."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=description)
     add_config_arguments(parser)
     parser.add_argument("--parent", metavar="RUN_ID", help="MLflow run that this stage's run belongs to")
     parser.add_argument("--dataset", metavar="DIR", help="the dataset; absent: that of the sources as they are now")
+    add_arguments(parser)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
@@ -75,7 +83,7 @@ def main(stage: str, description: str, run: Callable[[PipelineConfig, Call], dic
     try:
         config = load_config(arguments.config, arguments.set)
         storage.check_writable(config.storage)
-        result = run(config, Call(arguments.parent, arguments.dataset, progress))
+        result = run(config, Call(arguments.parent, arguments.dataset, progress, arguments))
     except KeyboardInterrupt:
         sys.exit(130)
     except Stopped as stop:

@@ -34,7 +34,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
         dataset = open_dataset(prepared["dataset"])
         heldout = evaluation.read(bundle.tokenizer, dataset.texts("heldout"), settings.heldout_bytes)
         losses = evaluation.token_losses(bundle.model, heldout, settings.lanes)
-        scores = heldout.scores(losses, settings.lanes)
+        scores = heldout.scores(float(losses.sum(dtype="float64")), settings.lanes)
         call.progress(f"{scores.bits_per_byte:.3f} bits per byte; counting n-grams")
         ngram = evaluation.score_ngrams(dataset, heldout)
         call.progress("starting anew all over the text")

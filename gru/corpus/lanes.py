@@ -160,3 +160,24 @@ def stream_batches(
         columns = slice(start, start + window)
         inputs, targets, weights = (a[:, columns].T.copy() for a in (inputs_BN, targets_BN, weights_BN))
         yield inputs, targets, weights
+
+
+def sliding_batches(
+    tokens: Tokens, lanes: int, context: int, end_of_text: int
+) -> Iterator[tuple[Tokens, Tokens, Tokens]]:
+    """As `stream_batches`, for models that carry no state: windows of `context` tokens, each begun half of that after
+    the one before, in which only the second half has weight 1, but for the first window. So every token is predicted
+    from at least half a context of what is before it, and once."""
+    half = context // 2
+    windows = 1 + max(0, -(-(len(tokens) - context) // half))
+    padding = (0, (windows - 1) * half + context - len(tokens))
+    targets_N = np.pad(tokens.astype(np.int64), padding, constant_values=end_of_text)
+    inputs_N = np.concatenate([[end_of_text], targets_N[:-1]])
+    weights_N = np.pad(np.ones(len(tokens), dtype=np.float32), padding)
+    for first in range(0, windows, lanes):
+        chosen_B = np.minimum(np.arange(first, first + lanes), windows - 1)
+        places_TB = chosen_B * half + np.arange(context)[:, None]
+        weights_TB = weights_N[places_TB]
+        weights_TB[: context - half, chosen_B > 0] = 0
+        weights_TB[:, np.arange(first, first + lanes) >= windows] = 0
+        yield inputs_N[places_TB], targets_N[places_TB], weights_TB

@@ -1,26 +1,27 @@
-"""A language model on GRUs: token ids and a state in, logits and the next state out.
+"""A language model on GRUs, or on another recurrent cell: token ids and a state in, logits and the next state out.
 
 Plain PyTorch. It knows nothing of corpora, Ray, MLflow or the environment.
-T time, B lanes, L layers, E embedding, H hidden, V vocabulary.
+T time, B lanes, L layers, E embedding, H state (of the GRU: its hidden width), V vocabulary.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gru.config import ModelConfig
+from gru.config import Cell, ModelConfig
+from gru.model.cells import CELLS
 from gru.model.output import cross_entropy
-from gru.model.recurrence import GRU, dropout_mask
+from gru.model.recurrence import dropout_mask
 
 
 class Block(nn.Module):
-    """A pre-norm residual GRU block: x + project(GRU(norm(x)))."""
+    """A pre-norm residual block: x + project(cell(norm(x)))."""
 
-    def __init__(self, width: int, hidden: int, products: torch.dtype) -> None:
+    def __init__(self, cell: Cell, width: int, hidden: int, products: torch.dtype) -> None:
         super().__init__()
         self.products = products
         self.norm = nn.LayerNorm(width, bias=False)
-        self.gru = GRU(width, hidden, products)
+        self.gru = CELLS[cell].build(width, hidden, products)  # whatever the cell: saved weights have this name
         self.project = nn.Linear(hidden, width, bias=False) if hidden != width else nn.Identity()
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor, mask_BE: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -34,9 +35,9 @@ class Block(nn.Module):
 
 
 class GRULanguageModel(nn.Module):
-    """Embedding, residual GRU blocks, norm, and an output layer tied to the embedding (arXiv:1608.05859).
+    """Embedding, residual recurrent blocks, norm, and an output layer tied to the embedding (arXiv:1608.05859).
 
-    products: what the factors of the GRUs' and the loss's matrix products are rounded to. All that does not train
+    products: what the factors of the cells' and the loss's matrix products are rounded to. All that does not train
     (serving, evaluation) leaves it at fp32: rows of a batch then come out alike at any width, and scores alike on any
     machine.
     """
@@ -46,8 +47,11 @@ class GRULanguageModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.products = products
+        self.state_width = CELLS[config.cell].vectors * config.hidden
         self.embedding = nn.Embedding(vocab_size, config.embedding)
-        self.blocks = nn.ModuleList(Block(config.embedding, config.hidden, products) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(config.cell, config.embedding, config.hidden, products) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(config.embedding, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         # Small: with a tied output, a large embedding in the residual stream predicts each token to follow itself.
@@ -55,7 +59,7 @@ class GRULanguageModel(nn.Module):
 
     def initial_state(self, lanes: int) -> Tensor:
         """Zeros [L, B, H], on the model's device."""
-        return self.output_bias.new_zeros(self.config.layers, lanes, self.config.hidden)
+        return self.output_bias.new_zeros(self.config.layers, lanes, self.state_width)
 
     def dropout_masks(self, lanes: int, generator: torch.Generator) -> Tensor | None:
         """Masks [L + 1, B, E] for one window: each lane drops the same features at every time step

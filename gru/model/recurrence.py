@@ -146,7 +146,7 @@ class Recurrence(torch.autograd.Function):
         d_gates, from_h = d_gates_TB4H.unflatten(2, (4, H)).unbind(), d_gates_TB4H[:, :, H:].unbind()
         for start in reversed(range(0, T, BLOCK)):
             block = slice(start, min(start + BLOCK, T))
-            slopes_of_h(*gates_TB4xH[block].unbind(2), states_TBH[block], slopes_TB4xH, scratch_TBH)
+            slopes_of_h(gates_TB4xH[block], states_TBH[block], slopes_TB4xH, scratch_TBH)
             for t in reversed(range(start, block.stop)):
                 torch.addcmul(d_before[t], dh_BH, z[t], out=next_BH)
                 if rounded:
@@ -172,19 +172,12 @@ class Recurrence(torch.autograd.Function):
         return d_x_TBE, dh_BH, d_weight_ih_3HE, d_weight_hh_3HH, n_last(d_bias_4H[: 3 * H]), d_bias_4H[H:], None
 
 
-def slopes_of_h(
-    n_TBH: Tensor,
-    r_TBH: Tensor,
-    z_TBH: Tensor,
-    s_TBH: Tensor,
-    before_TBH: Tensor,
-    slopes_TB4xH: Tensor,
-    scratch_TBH: Tensor,
-) -> None:
+def slopes_of_h(gates_TB4xH: Tensor, before_TBH: Tensor, slopes_TB4xH: Tensor, scratch_TBH: Tensor) -> None:
     """Derivatives of h_t by the sums that n, r and z are functions of, and by s = W_hn h + b_hn:
 
     (1 - z)(1 - n^2);  (1 - z)(1 - n^2) s r (1 - r);  (h_{t-1} - n) z (1 - z);  (1 - z)(1 - n^2) r
     """
+    n_TBH, r_TBH, z_TBH, s_TBH = gates_TB4xH.unbind(2)
     by_n_TBH, by_r_TBH, by_z_TBH, by_s_TBH = slopes_TB4xH[: len(n_TBH)].unbind(2)
     scratch_TBH = scratch_TBH[: len(n_TBH)]
     tanh_backward, sigmoid_backward = torch.ops.aten.tanh_backward, torch.ops.aten.sigmoid_backward

@@ -7,7 +7,7 @@ between two steps, so a long one never stalls the others.
 A token depends on (weights, prompt, seed, position) and on nothing else, bit for bit: a prompt is read alone,
 sampling looks at one row, and steps are computed only at widths (rows, some unused) whose rows come out as
 they do at the full width. Which widths do is tried when an engine is made.
-T time, L layers, S rows (slots), H hidden, V vocabulary.
+T time, L layers, S rows (slots), H state, V vocabulary.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """What learns: a model, its optimizer, its moving average and the states of the lanes it owns.
 
 Plain PyTorch over one process of a group. It knows neither Ray nor where tokens come from.
-T time, B own lanes, G all lanes, L layers, H hidden, P parameters end to end.
+T time, B own lanes, G all lanes, L layers, H state, P parameters end to end.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.lanes import stream_batches
-from gru.evaluation import stream_loss
+from gru.evaluation import LanguageModel, stream_loss
 from gru.model.language_model import GRULanguageModel
 from gru.model.precision import PRODUCTS, resolve
 from gru.training.checkpoint import Checkpoint
@@ -48,17 +48,19 @@ def own_lanes(config: TrainConfig, rank: int, world: int) -> range:
     return range(next(ends).start, next(ends).stop)
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from the peak to `final_learning_rate` of it (arXiv:1608.03983)."""
+def learning_rate(config: TrainConfig, step: int, done: float | None = None) -> float:
+    """Linear warm-up, then a cosine from the peak to `final_learning_rate` of it (arXiv:1608.03983).
+
+    done: the share of the run that is; that of its steps where absent."""
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step / config.steps if done is None else done)))
     return config.learning_rate * warmup * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
 class Objective(nn.Module):
     """A model's loss as the call that DistributedDataParallel wraps."""
 
-    def __init__(self, model: GRULanguageModel) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
@@ -81,6 +83,7 @@ class Learner:
         rank: int = 0,
         world: int = 1,
         device: torch.device | None = None,
+        build: Callable[[ModelConfig, int, torch.dtype], LanguageModel] = GRULanguageModel,
     ) -> None:
         self.config = config
         self.end_of_text = end_of_text
@@ -91,7 +94,7 @@ class Learner:
         self.step = 0
         torch.manual_seed(config.seed)
         self.precision = resolve(model, self.device)
-        self.model = GRULanguageModel(model, vocab_size, PRODUCTS[self.precision]).to(self.device)
+        self.model = build(model, vocab_size, PRODUCTS[self.precision]).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         objective = Objective(self.model)
         reduced = world > 1 and not config.bitwise_elastic
@@ -120,14 +123,17 @@ class Learner:
             total.backward()
         self.optimizer.zero_grad()
 
-    def train_step(self, inputs_TB: np.ndarray, targets_TB: np.ndarray) -> tuple[Tensor, float]:
+    def train_step(
+        self, inputs_TB: np.ndarray, targets_TB: np.ndarray, done: float | None = None
+    ) -> tuple[Tensor, float]:
         """One optimizer step on the own lanes' window. Returns this worker's part of the mean loss over all lanes
-        (nats per token; the parts of all workers add up) and the norm of the gradient before clipping.
+        (nats per token; the parts of all workers add up) and the norm of the gradient before clipping. `done` is for
+        `learning_rate`.
 
         Raises Diverged, in all workers at once, if the gradient is not finite.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+            group["lr"] = learning_rate(self.config, self.step, done)
         self.optimizer.zero_grad()
         step = self._step_in_parts if self.config.bitwise_elastic else self._step_at_once
         part, state_LBH = step(self._tensor(inputs_TB), self._tensor(targets_TB), self._dropout_masks())

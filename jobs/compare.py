@@ -1,0 +1,133 @@
+"""Train other recurrent cells and a Transformer too, each for equal time on the prepared dataset, and compare them."""
+
+import argparse
+import os
+import time
+from typing import Any
+
+from gru import storage, tracking
+from gru.config import PipelineConfig, content_key
+from gru.errors import UserError
+from jobs import entry, stages
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=900, help="training time of each (default 900)")
+    parser.add_argument("--seeds", type=int, default=3, help="how often each is trained (default 3)")
+    parser.add_argument(
+        "--contender",
+        metavar="NAME[:KEY=VALUE,...]",
+        action="append",
+        help="who is compared instead of gru, lstm, rnn, mingru and transformer: one of these or, as in "
+        "careful:train.learning_rate=0.002, CONFIG with overrides; lstm-wide:... begins with lstm",
+    )
+
+
+def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
+    seconds, seeds = call.arguments.seconds, call.arguments.seeds
+    if not (seconds > 0 and seeds > 0):
+        raise UserError(f"--seconds {seconds} --seeds {seeds}: expected positive numbers")
+    entry.require_tracking()
+    prepared = stages.prepare(config, call.dataset).require()
+    import torch
+
+    from gru.corpus.dataset import open_dataset
+    from gru.training import comparison, report
+    from gru.training.loop import heldout_tokens
+
+    started = time.monotonic()
+    dataset = open_dataset(prepared["dataset"])
+    told = call.arguments.contender or comparison.DEFAULTS
+    contenders = [comparison.contender(each, config, dataset.manifest.vocab_size) for each in told]
+    if twice := {each.name for each in contenders if sum(other.name == each.name for other in contenders) > 1}:
+        raise UserError(f"--contender {twice.pop()}: given twice: expected another name for each")
+    for each in contenders:
+        each.lane_order(dataset, config.train.seed)  # a corpus too small for the last is told before the first
+    if config.train.gpu and not torch.cuda.is_available():
+        raise UserError("train.gpu = true: this machine has no GPU")
+    device = torch.device("cuda" if config.train.gpu else "cpu")
+    threads = config.train.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    machine = torch.cuda.get_device_name(device) if config.train.gpu else f"{threads} threads"
+    heldout = heldout_tokens(dataset, config.train.heldout_tokens)
+    settings = config.evaluate
+    measured = [settings.lanes, settings.heldout_bytes, config.train.heldout_tokens]
+    directory = storage.join(
+        config.storage, "comparisons", content_key("compare", prepared["digest"], measured, seconds, machine)
+    )
+    drawn = range(config.train.seed, config.train.seed + seeds)
+    key = content_key(directory.rsplit("/", 1)[1], [(each.name, each.key) for each in contenders], list(drawn))
+
+    def record_of(contender: comparison.Contender, seed: int, parent: tracking.Run) -> comparison.Record:
+        path = storage.join(directory, f"{contender.name}-{contender.key}-{seed}.json")
+        name = f"{contender.name}, seed {seed}"
+        child_key = content_key(key, contender.name, seed)
+        if storage.exists(path) and tracking.is_finished(config.experiment, child_key):
+            call.progress(f"{name}: done already")
+            return storage.read_json(path)
+        with tracking.stage_run(config.experiment, child_key, name, parent.id) as child:
+            begun = time.time()
+            if storage.exists(path):
+                call.progress(f"{name}: done already")
+                record: comparison.Record = storage.read_json(path)
+            else:
+                call.progress(f"{name}: training for {seconds:g} s")
+
+                def show(line: str) -> None:
+                    call.progress(f"{name}: {line}")
+
+                record = comparison.train(
+                    contender, seed, dataset, heldout, seconds, settings.lanes, settings.heldout_bytes, device, show
+                )
+                storage.write_json(path, record)
+                call.progress(f"{name}: {_outcome(record)}")
+            child.log_params({"contender": contender.name, "seed": seed, **record["settings"]})
+            child.log_points([{**point, "time": begun + point["time"]} for point in record["points"]])
+            finals = {"nats_per_character": record["nats_per_character"], "bits_per_byte": record["bits_per_byte"]}
+            child.log_metrics(
+                {
+                    "parameters": record["parameters"],
+                    "tokens_per_second": record["tokens_per_second"],
+                    **{name: value for name, value in finals.items() if value is not None},
+                }
+            )
+        return record
+
+    runs: report.Runs = {each.name: [] for each in contenders}
+    with tracking.stage_run(config.experiment, key, "compare", call.parent) as run:
+        run.log_params({"seconds": seconds, "seeds": seeds, "contenders": ", ".join(runs), "machine": machine})
+        counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
+        run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
+        for seed in drawn:
+            for contender in contenders:
+                runs[contender.name].append(record_of(contender, seed, run))
+        rows = report.summarise(runs)
+        result: dict[str, Any] = {
+            "stage": "compare",
+            "key": key,
+            "run": run.id,
+            "records": directory,
+            "seconds": seconds,
+            "contenders": rows,
+        }
+        if {"gru", comparison.TRANSFORMER} <= runs.keys():
+            result["gru_beats_transformer"] = report.better(runs, "gru", comparison.TRANSFORMER)
+        run.client.log_text(run.id, report.table(rows), "table.md")
+        run.client.log_dict(run.id, {**result, "records": runs}, "comparison.json")
+        for name in ("comparison.png", "comparison.svg"):
+            run.client.log_figure(run.id, report.picture(runs, seconds), name)
+    for line in report.table(rows).splitlines():
+        call.progress(line)
+    if won := result.get("gru_beats_transformer"):
+        call.progress(f"gru is better than the transformer at {sum(won)} of {len(won)} equal times")
+    return {**result, "took": round(time.monotonic() - started, 1)}
+
+
+def _outcome(record: Any) -> str:
+    if record["diverged"]:
+        return f"diverged: {record['diverged']}"
+    return f"{record['bits_per_byte']:.4f} bits per byte, {record['tokens_per_second']:,.0f} tokens/s"
+
+
+if __name__ == "__main__":
+    entry.main("compare", __doc__ or "", run, add_arguments)

@@ -1,0 +1,198 @@
+"""Each cell against its published equations in float64; a model of each through training, checkpoint and serving."""
+
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gru.config import Cell, ModelConfig, TrainConfig
+from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.model.cells import CELLS, LSTM, RNN, MinGRU, recur, scan
+from gru.model.language_model import GRULanguageModel
+from gru.serving.engine import Engine
+from gru.serving.sampling import SamplingParams
+from gru.training import checkpoint as checkpoints
+from gru.training.learner import Learner
+
+OTHERS: list[Cell] = ["lstm", "rnn", "mingru"]
+# Of the largest value of each tensor. Under autocast, states are rounded to bf16 as well.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1}
+CORPUS = np.tile(np.arange(1, 11, dtype=np.uint16), 200)
+VOCAB, END = 12, 0
+
+
+def published(cell: torch.nn.Module, x_TBE: Tensor, state_BS: Tensor, weights: list[Tensor]) -> Tensor:
+    """The equations at the top of gru/model/cells.py, one step after the other: states [T, B, S]."""
+    out = []
+    for x_BE in x_TBE:
+        if isinstance(cell, LSTM):
+            w_ih, w_hh, b_ih, b_hh = weights
+            h_BH, c_BH = state_BS.chunk(2, dim=1)
+            i, f, g, o = (x_BE @ w_ih.T + b_ih + h_BH @ w_hh.T + b_hh).chunk(4, dim=1)
+            c_BH = torch.sigmoid(f) * c_BH + torch.sigmoid(i) * torch.tanh(g)
+            state_BS = torch.cat([torch.sigmoid(o) * torch.tanh(c_BH), c_BH], dim=1)
+        elif isinstance(cell, RNN):
+            w_ih, w_hh, b_ih, b_hh = weights
+            state_BS = torch.tanh(x_BE @ w_ih.T + b_ih + state_BS @ w_hh.T + b_hh)
+        else:
+            weight, bias = weights
+            z, a = (x_BE @ weight.T + bias).chunk(2, dim=1)
+            z = torch.sigmoid(z)
+            state_BS = (1 - z) * state_BS + z * torch.where(a >= 0, a + 0.5, torch.sigmoid(a))
+        out.append(state_BS)
+    return torch.stack(out)
+
+
+def outcome(
+    run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, state: Tensor, weights: list[Tensor]
+) -> list[Tensor]:
+    """What a run gives out, and the gradients of a sum that gives each value another weight."""
+    x, state = x.clone().requires_grad_(), state.clone().requires_grad_()
+    values = run(x, state)
+    total = sum((v * torch.arange(1, v.numel() + 1, dtype=v.dtype).sin().view_as(v)).sum() for v in values)
+    return [*(v.detach() for v in values), *torch.autograd.grad(total, [x, state, *weights])]
+
+
+def draw(name: Cell, T: int, B: int, E: int, H: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    options = {"generator": generator, "dtype": torch.float64}
+    return torch.randn(T, B, E, **options), torch.randn(B, CELLS[name].vectors * H, **options)
+
+
+@pytest.mark.parametrize("products", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4, 8, 8), (7, 1, 5, 3), (33, 5, 64, 48)])
+@pytest.mark.parametrize("name", OTHERS)
+def test_values_and_gradients_are_those_of_the_published_equations(
+    name: Cell, shape: tuple[int, int, int, int], products: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    _, _, E, H = shape
+    cell = CELLS[name].build(E, H, products)
+    x, state = draw(name, *shape)
+    exact = [parameter.detach().double().requires_grad_() for parameter in cell.parameters()]
+
+    def plain(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        states_TBS = published(cell, x, state, exact)
+        return states_TBS[..., :H], states_TBS[-1]
+
+    expected = outcome(plain, x, state, exact)
+    found = outcome(cell, x.float(), state.float(), list(cell.parameters()))
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.dtype == torch.float32
+        error = (one - other).abs().max() / other.abs().max()
+        assert error < TOLERANCES[products], f"{index}: off by {error:.1e}"
+    cell.double().products = torch.float64
+    for one, other in zip(outcome(cell, x, state, list(cell.parameters())), expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])
+@pytest.mark.parametrize("T", [1, 2, 64, 300])
+def test_the_scan_is_the_recurrence(T: int, sharpness: float) -> None:
+    """In fp32, with gates open and shut as far as they go, states of any sign, and one that is 0."""
+    generator = torch.Generator().manual_seed(T)
+    gate, candidate = (torch.randn(T, 3, 5, generator=generator) * sharpness for _ in range(2))
+    h_BH = torch.randn(3, 5, generator=generator)
+    h_BH[0] = 0
+    found, expected = (outcome(lambda gate, h, f=f: (f(gate, candidate, h),), gate, h_BH, []) for f in (scan, recur))
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other, atol=1e-3 * float(other.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("products", TOLERANCES)
+@pytest.mark.parametrize("name", OTHERS)
+def test_carried_state_makes_windows_one_sequence(name: Cell, products: torch.dtype) -> None:
+    torch.manual_seed(0)
+    cell = CELLS[name].build(16, 24, products)
+    x, state = (tensor.float() for tensor in draw(name, 40, 4, 16, 24))
+    whole, end = cell(x, state)
+    parts = []
+    for window in x.split([1, 8, 31]):
+        out, state = cell(window, state)
+        parts.append(out)
+    tolerance = TOLERANCES[products]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(state, end, atol=tolerance, rtol=tolerance)
+
+
+def test_states_are_kept_by_default() -> None:
+    for name, kept in (("lstm", slice(24, 48)), ("mingru", slice(0, 24))):
+        torch.manual_seed(0)
+        cell = CELLS[name].build(16, 24)
+        state = torch.ones(1, CELLS[name].vectors * 24)
+        before = state[:, kept].clone()
+        _, after = cell(torch.zeros(1, 1, 16), state)
+        share = 1 / (1 + math.exp(-1))
+        assert (after[:, kept] / before).mean().item() == pytest.approx(share, abs=0.25)
+    assert isinstance(cell, MinGRU)
+
+
+def train(learner: Learner, steps: int) -> list[float]:
+    config = learner.config
+    order = LaneOrder([len(CORPUS)], config.seed, config.lanes, config.window)
+    with LaneReader(order, lambda index: CORPUS, END, learner.lanes) as reader:
+        return [float(learner.train_step(*reader.batch(learner.step))[0]) for _ in range(steps - learner.step)]
+
+
+def learner(name: Cell) -> Learner:
+    model = ModelConfig(embedding=32, hidden=40, layers=2, dropout=0.1, cell=name)
+    return Learner(model, TrainConfig(steps=100, lanes=4, window=16, warmup_steps=5), VOCAB, END)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_of_it_learns_and_goes_on_exactly_from_a_checkpoint(name: Cell, tmp_path: Path) -> None:
+    undisturbed = learner(name)
+    losses = train(undisturbed, 100)
+    assert losses[0] == pytest.approx(math.log(VOCAB), rel=0.1)
+    assert losses[-1] < 0.3
+    first = learner(name)
+    train(first, 5)
+    checkpoints.save(first.checkpoint({"identity": {}}), str(tmp_path))
+    second = learner(name)
+    second.restore(checkpoints.load(str(tmp_path)))
+    assert train(second, 100) == losses[5:]
+    assert torch.equal(second.state_LBH, undisturbed.state_LBH)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_of_it_serves_the_same_text_at_any_width(name: Cell) -> None:
+    torch.manual_seed(0)
+    model = GRULanguageModel(ModelConfig(embedding=24, hidden=37, layers=2, cell=name), 301).eval()
+    with torch.no_grad():
+        model.output_bias[END] = -100
+    generator = np.random.default_rng(0)
+    prompts = [generator.integers(1, 301, length).tolist() for length in generator.integers(0, 150, 9)]
+    engine = Engine(model, END, slots=8, max_queue=100)
+
+    def generate(chosen: list[int]) -> dict[int, list[int]]:
+        texts: dict[int, list[int]] = {index: [] for index in chosen}
+        ends = {index: threading.Event() for index in chosen}
+
+        def receiver(index: int) -> Callable[[int | None, object], None]:
+            def receive(token: int | None, end: object) -> None:
+                if token is not None:
+                    texts[index].append(token)
+                if end is not None:
+                    ends[index].set()
+
+            return receive
+
+        for index in chosen:
+            engine.submit(prompts[index], SamplingParams(temperature=1.0, seed=index), 40, receiver(index))
+        assert all(end.wait(60) for end in ends.values())
+        return texts
+
+    try:
+        together = generate(list(range(9)))
+        assert all(len(text) == 40 for text in together.values())
+        for index in range(9):
+            assert generate([index]) == {index: together[index]}
+    finally:
+        engine.close(drain=False)
+        assert engine.join(10)
