@@ -11,7 +11,10 @@ from torch import Tensor
 from gru.model.workspace import workspace
 
 CHUNK_LOGITS = 1 << 24
-"""Most logits in memory at a time: 64 MiB in fp32."""
+"""Most logits in memory at a time: 32 MiB in bf16."""
+
+BLOCK_LOGITS = 1 << 19
+"""Logits whose softmax is computed at once: few enough to stay in cache."""
 
 
 def cross_entropy(
@@ -40,43 +43,38 @@ class CrossEntropy(torch.autograd.Function):
         differentiate: bool,
     ) -> Tensor:
         N, V = len(x_NE), len(weight_VE)
-        chunk = min(N, max(1, CHUNK_LOGITS // V))
+        chunk, block = (min(N, max(1, most // V)) for most in (CHUNK_LOGITS, BLOCK_LOGITS))
         factor_NE, factor_VE = x_NE.to(products), weight_VE.to(products)
         factor_EV = factor_VE.t().contiguous()  # products of contiguous factors are fastest
-        logits_CV = workspace.take((chunk, V), x_NE)
-        rounded_CV = workspace.take((chunk, V), factor_NE) if products != x_NE.dtype else None
-        if differentiate:
-            d_x_NE = torch.empty_like(x_NE)
-            d_weight_VE, d_bias_V = torch.zeros_like(weight_VE), torch.zeros_like(bias_V)
+        logits_CV = workspace.take((chunk, V), factor_NE)
+        exact_KV = workspace.take((block, V), x_NE)
+        d_x_NE = torch.empty_like(x_NE)
+        d_weight_EV, d_bias_V = x_NE.new_zeros(x_NE.shape[1], V), torch.zeros_like(bias_V)
         total = x_NE.new_zeros(())
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))
-            logits = logits_CV[: rows.stop - start]
-            if rounded_CV is None:
-                torch.addmm(bias_V, factor_NE[rows], factor_EV, out=logits)
-            else:
-                logits.copy_(torch.mm(factor_NE[rows], factor_EV, out=rounded_CV[: len(logits)])).add_(bias_V)
-            torch.log_softmax(logits, 1, out=logits)
-            targets_C1 = targets_N[rows].unsqueeze(1)
-            losses_C = -logits.gather(1, targets_C1).squeeze(1)
-            total += losses_C.sum() if weights_N is None else losses_C.dot(weights_N[rows])
-            if not differentiate:
-                continue
-            d_logits = logits.exp_()
-            d_logits.scatter_add_(1, targets_C1, d_logits.new_full((), -1).expand_as(targets_C1))
-            if weights_N is not None:
-                d_logits *= weights_N[rows].unsqueeze(1)
-            d_bias_V += d_logits.sum(0)
-            if rounded_CV is None:
-                torch.mm(d_logits, factor_VE, out=d_x_NE[rows])
-                d_weight_VE.addmm_(d_logits.t(), factor_NE[rows])
-            else:
-                d_factor = rounded_CV[: len(logits)].copy_(d_logits)
-                d_x_NE[rows] = torch.mm(d_factor, factor_VE)
-                d_weight_VE += torch.mm(d_factor.t(), factor_NE[rows]).to(d_weight_VE.dtype)
-        workspace.give(logits_CV, *([] if rounded_CV is None else [rounded_CV]))
+            logits = torch.mm(factor_NE[rows], factor_EV, out=logits_CV[: rows.stop - start])
+            for first in range(start, rows.stop, block):
+                some = slice(first, min(first + block, rows.stop))
+                part = logits[first - start : some.stop - start]
+                exact = exact_KV[: len(part)].copy_(part).add_(bias_V)
+                torch.log_softmax(exact, 1, out=exact)
+                targets_K1 = targets_N[some].unsqueeze(1)
+                losses_K = -exact.gather(1, targets_K1).squeeze(1)
+                total += losses_K.sum() if weights_N is None else losses_K.dot(weights_N[some])
+                if not differentiate:
+                    continue
+                exact.exp_().scatter_add_(1, targets_K1, exact.new_full((), -1).expand_as(targets_K1))
+                if weights_N is not None:
+                    exact *= weights_N[some].unsqueeze(1)
+                d_bias_V += exact.sum(0)
+                part.copy_(exact)  # now a gradient
+            if differentiate:
+                d_x_NE[rows] = torch.mm(logits, factor_VE)
+                d_weight_EV += torch.mm(factor_NE[rows].t(), logits).to(x_NE.dtype)  # read transposed: the narrower
+        workspace.give(logits_CV, exact_KV)
         if differentiate:
-            ctx.save_for_backward(d_x_NE, d_weight_VE, d_bias_V)
+            ctx.save_for_backward(d_x_NE, d_weight_EV.t().contiguous(), d_bias_V)
         return total
 
     @staticmethod
