@@ -48,8 +48,9 @@ class CrossEntropy(torch.autograd.Function):
         factor_EV = factor_VE.t().contiguous()  # products of contiguous factors are fastest
         logits_CV = workspace.take((chunk, V), factor_NE)
         exact_KV = workspace.take((block, V), x_NE)
-        d_x_NE = torch.empty_like(x_NE)
-        d_weight_EV, d_bias_V = x_NE.new_zeros(x_NE.shape[1], V), torch.zeros_like(bias_V)
+        if differentiate:
+            d_x_NE = torch.empty_like(x_NE)
+            d_weight_EV, d_bias_V = x_NE.new_zeros(x_NE.shape[1], V), torch.zeros_like(bias_V)
         total = x_NE.new_zeros(())
         for start in range(0, N, chunk):
             rows = slice(start, min(start + chunk, N))

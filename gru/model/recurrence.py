@@ -188,7 +188,7 @@ def slopes_of_h(gates_TB4xH: Tensor, before_TBH: Tensor, slopes_TB4xH: Tensor, s
 
 
 def tanh_(x: Tensor) -> Tensor:
-    """tanh x = 2 sigmoid(2 x) - 1, in place: torch's sigmoid uses vector instructions that its tanh does not."""
+    """tanh x = 2 sigmoid(2 x) - 1, in place: on CPUs torch's sigmoid is several times as fast as its tanh."""
     return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 

@@ -31,9 +31,9 @@ hidden = 32
 lanes = 16
 window = 32
 threads = 1
-heldout_tokens = 3000
+heldout_tokens = 100_000  # all there are, so that what is measured on the way is what is scored at the end
 [evaluate]
-heldout_bytes = 5000
+heldout_bytes = 100_000
 """
 
 
@@ -75,8 +75,7 @@ def test_all_are_compared_and_what_came_of_it_is_kept(prepared: Path, mlflow_sto
         assert row["parameters"] == pytest.approx(rows["gru"]["parameters"], rel=0.05), name
         # A busy machine may let one step pass several marks.
         assert row["quarters"][3]["bits_per_byte"] <= row["quarters"][0]["bits_per_byte"] < 8.5, name
-        # Of other text: all that is held out, which is more than what is measured on the way.
-        assert row["end"]["bits_per_byte"] == pytest.approx(row["quarters"][3]["bits_per_byte"], rel=0.3), name
+        assert row["end"]["bits_per_byte"] == pytest.approx(row["quarters"][3]["bits_per_byte"], rel=0.1), name
     assert rows["gru"]["state_bytes"] == {"1000": 32 * 4, "10000": 32 * 4}
     caches = rows["transformer"]["state_bytes"]
     assert caches["10000"] == 10 * caches["1000"]

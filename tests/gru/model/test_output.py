@@ -27,6 +27,7 @@ def test_values_and_gradients_are_those_of_softmax_cross_entropy(
     N: int, E: int, V: int, weighted: bool, products: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "CHUNK_LOGITS", 2000)  # several chunks, the last one shorter
+    monkeypatch.setattr(output, "BLOCK_LOGITS", 800)  # and several blocks in each
     inputs, targets_N = draw(N, E, V)
     weights_N = torch.rand(N).double() if weighted else None
     exact = [tensor.clone().requires_grad_() for tensor in inputs]
