@@ -10,12 +10,12 @@ torch.nn.GRU have it. T time, B lanes, N = T * B, E input width, H hidden width;
 """
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gru.model import kernel
 from gru.model.workspace import workspace
 
 UPDATE_GATE_BIAS = 1.0  # z starts near sigmoid(1): states are kept by default, so gradients reach back
@@ -49,7 +49,7 @@ class GRU(nn.Module):
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden state after each time step [T, B, H], and after the last one [B, H]."""
         if x_TBE.device.type == "cpu" and (torch.is_grad_enabled() or self.products != x_TBE.dtype):
-            out_TBH = Recurrence.apply(x_TBE, h_BH, *self.gru.all_weights[0], self.products)
+            out_TBH = Recurrence.apply(x_TBE, h_BH, *self.gru.all_weights[0], self.products, torch.is_grad_enabled())
             return out_TBH, out_TBH[-1]
         with torch.autocast(x_TBE.device.type, self.products, enabled=self.products != x_TBE.dtype):
             out_TBH, last_1BH = self.gru(x_TBE, h_BH.unsqueeze(0))
@@ -57,15 +57,12 @@ class GRU(nn.Module):
 
 
 class Recurrence(torch.autograd.Function):
-    """The GRU over a whole sequence as one node of the graph, for CPUs.
+    """The GRU over a sequence as one node of the graph, for CPUs.
 
-    One product before the time steps and three after them take all of their rows at once. A step is one product with
-    the recurrent matrix and a few pointwise operations that write where they read. `products` is the type that the
-    factors of matrix products are rounded to; states, gates and sums stay in the type of x.
-
-    For each step [n | r | z | W_hn h + b_hn] are kept, in this order, so that the products of x (n, r, z) and those of
-    h (r, z, the last) are each a contiguous stretch. Backward replaces them by the gradients of what goes into them,
-    so it can be run only once.
+    One product before the time steps and three after them take all of their rows at once; the steps themselves are
+    kernel.py's where it is usable, else torch's. `products` is the type that the factors of matrix products are rounded
+    to; states, gates and sums are computed in the type of x. It can be run backwards only once: what was kept for that
+    is then written over.
     """
 
     @staticmethod
@@ -78,98 +75,121 @@ class Recurrence(torch.autograd.Function):
         bias_ih_3H: Tensor,
         bias_hh_3H: Tensor,
         products: torch.dtype,
+        differentiate: bool,
     ) -> Tensor:
         (T, B, E), H = x_TBE.shape, h_BH.shape[1]
-        rounded = products != x_TBE.dtype
-        gates_TB4H = workspace.take((T, B, 4 * H), x_TBE)
-        n_TBH, r_TBH, z_TBH, s_TBH = gates_TB4H.unflatten(2, (4, H)).unbind(2)
-        states_TBH = x_TBE.new_empty(T + 1, B, H)
-        states_TBH[0] = h_BH
+        compiled = kernel.usable(H, products, x_TBE)
         x_NE = x_TBE.reshape(T * B, E).to(products)
-        weight_hh_H3H = weight_hh_3HH.to(products).t().contiguous()  # products of contiguous factors are fastest
-
+        weight_ih_E3H = (
+            n_first(weight_ih_3HE.to(products)).t().contiguous()
+        )  # products of contiguous factors are fastest
+        into_N3H = torch.mm(x_NE, weight_ih_E3H, out=workspace.take((T * B, 3 * H), x_NE))
+        into_TB3H = into_N3H.view(T, B, 3 * H)
         bias_4H = torch.cat([n_first(bias_ih_3H), bias_hh_3H[2 * H :]])
         bias_4H[H : 3 * H] += bias_hh_3H[: 2 * H]
-        into_N3H = gates_TB4H.view(T * B, 4 * H)[:, : 3 * H]
-        weight_ih_E3H = n_first(weight_ih_3HE.to(products)).t().contiguous()
-        if rounded:
-            rounded_N3H = workspace.take((T * B, 3 * H), x_NE)
-            into_N3H.copy_(torch.mm(x_NE, weight_ih_E3H, out=rounded_N3H))
-            into_N3H += bias_4H[: 3 * H]
-            workspace.give(rounded_N3H)
+        states_TBH = x_TBE.new_empty(T + 1, B, H)
+        states_TBH[0] = h_BH
+        factors_TBH = states_TBH if products is x_TBE.dtype else workspace.take((T + 1, B, H), x_NE)
+        kept: list[Tensor] = []
+        if compiled:
+            if differentiate:
+                kept = [workspace.take((T, B, 3 * H), x_NE), workspace.take((T, B, H), x_TBE)]
+            kernel.forward(into_TB3H, bias_4H, weight_hh_3HH.to(products), states_TBH, factors_TBH, *kept)
         else:
-            torch.addmm(bias_4H[: 3 * H], x_NE, weight_ih_E3H, out=into_N3H)
-        s_TBH.copy_(bias_4H[3 * H :])
-
-        factors_TBH = workspace.take((T + 1, B, H), x_NE) if rounded else states_TBH
-        product_B3H = x_NE.new_empty(B, 3 * H)
-        summand_B3H = product_B3H.to(x_TBE.dtype)
-        steps = zip(
-            *(part.unbind() for part in (n_TBH, r_TBH, z_TBH, s_TBH)),
-            gates_TB4H[:, :, H:].unbind(),
-            gates_TB4H[:, :, H : 3 * H].unbind(),
-            factors_TBH.unbind()[:-1],
-            pairwise(states_TBH.unbind()),
-            strict=True,
-        )
-        for n_BH, r_BH, z_BH, s_BH, recurrent_B3H, rz_B2H, factor_BH, (before_BH, after_BH) in steps:
-            if rounded:  # an addition of two types is slower than a conversion and an addition
-                torch.mm(factor_BH.copy_(before_BH), weight_hh_H3H, out=product_B3H)
-                recurrent_B3H += summand_B3H.copy_(product_B3H)
-            else:
-                recurrent_B3H.addmm_(before_BH, weight_hh_H3H)
-            rz_B2H.sigmoid_()
-            tanh_(n_BH.addcmul_(r_BH, s_BH))
-            torch.lerp(n_BH, before_BH, z_BH, out=after_BH)
-
-        ctx.products = products
-        ctx.save_for_backward(x_NE, weight_ih_3HE, weight_hh_3HH, gates_TB4H, states_TBH, factors_TBH)
+            kept = [workspace.take((T, B, 4 * H), x_TBE)]
+            forward_steps(into_TB3H, bias_4H, weight_hh_3HH.to(products), states_TBH, factors_TBH, kept[0])
+        workspace.give(into_N3H)
+        ctx.products, ctx.compiled = products, compiled
+        ctx.save_for_backward(x_NE, weight_ih_3HE, weight_hh_3HH, states_TBH, factors_TBH, *kept)
         return states_TBH[1:]
 
     @staticmethod
     def backward(ctx: Any, d_out_TBH: Tensor) -> tuple[Tensor | None, ...]:
-        x_NE, weight_ih_3HE, weight_hh_3HH, gates_TB4H, states_TBH, factors_TBH = ctx.saved_tensors
-        products, rounded = ctx.products, ctx.products != gates_TB4H.dtype
-        (T, B, _), H = gates_TB4H.shape, states_TBH.shape[2]
-        gates_TB4xH = gates_TB4H.unflatten(2, (4, H))
-        # d_gates: gradients of the sums that n, r, z are functions of, and of s = W_hn h + b_hn, in the products' type.
-        d_gates_TB4H = workspace.take((T, B, 4 * H), x_NE) if rounded else gates_TB4H
-        exact_B4xH = gates_TB4H.new_empty(B, 4, H)  # before rounding; of one step, so that it stays in cache
-        weight_hh_3HH = weight_hh_3HH.to(products)
-        product_BH = weight_hh_3HH.new_empty(B, H)
-        summand_BH = product_BH.to(gates_TB4H.dtype)
-        slopes_TB4xH = gates_TB4H.new_empty(min(T, BLOCK), B, 4, H)
-        scratch_TBH = gates_TB4H.new_empty(min(T, BLOCK), B, H)
-        dh_BH, next_BH = d_out_TBH[-1].clone(), torch.empty_like(summand_BH)
-        d_before = [torch.zeros_like(dh_BH), *d_out_TBH.unbind()[:-1]]  # from the output, for the state before each
-        z, slopes = gates_TB4xH[:, :, 2].unbind(), slopes_TB4xH.unbind()
-        d_gates, from_h = d_gates_TB4H.unflatten(2, (4, H)).unbind(), d_gates_TB4H[:, :, H:].unbind()
-        for start in reversed(range(0, T, BLOCK)):
-            block = slice(start, min(start + BLOCK, T))
-            slopes_of_h(gates_TB4xH[block], states_TBH[block], slopes_TB4xH, scratch_TBH)
-            for t in reversed(range(start, block.stop)):
-                torch.addcmul(d_before[t], dh_BH, z[t], out=next_BH)
-                if rounded:
-                    d_gates[t].copy_(torch.mul(dh_BH.unsqueeze(1), slopes[t - start], out=exact_B4xH))
-                    torch.mm(from_h[t], weight_hh_3HH, out=product_BH)
-                    next_BH += summand_BH.copy_(product_BH)
-                else:
-                    torch.mul(dh_BH.unsqueeze(1), slopes[t - start], out=d_gates[t])
-                    next_BH.addmm_(from_h[t], weight_hh_3HH)
-                dh_BH, next_BH = next_BH, dh_BH
-
+        x_NE, weight_ih_3HE, weight_hh_3HH, states_TBH, factors_TBH, *kept = ctx.saved_tensors
+        (T, B, H), products, dtype = d_out_TBH.shape, ctx.products, states_TBH.dtype
+        weight_ih_3HE, weight_hh_3HH = weight_ih_3HE.to(products), weight_hh_3HH.to(products)
+        # Gradients of the sums that n, r and z are functions of, and of s = W_hn h + b_hn.
+        d_gates_TB4H = workspace.take((T, B, 4 * H), x_NE)
+        if ctx.compiled:
+            nrs_TB3H, z_TBH = kept
+            d_h_BH = kernel.backward(d_out_TBH.contiguous(), nrs_TB3H, z_TBH, states_TBH, weight_hh_3HH, d_gates_TB4H)
+        else:
+            d_h_BH = backward_steps(d_out_TBH, kept[0], states_TBH, weight_hh_3HH, d_gates_TB4H)
         d_gates_N4H = d_gates_TB4H.view(T * B, 4 * H)
         from_x_N3H, from_h_N3H = d_gates_N4H[:, : 3 * H], d_gates_N4H[:, H:]
-        d_x_NE = torch.mm(from_x_N3H, n_first(weight_ih_3HE.to(products))).to(dh_BH.dtype)
+        d_x_TBE = torch.mm(from_x_N3H, n_first(weight_ih_3HE)).to(dtype).view(T, B, -1)
         # The narrower factor is the one that is read transposed.
-        d_weight_ih_3HE = n_last(torch.mm(x_NE.t(), from_x_N3H).t().to(dh_BH.dtype))
-        d_weight_hh_3HH = torch.mm(factors_TBH[:-1].view(T * B, H).t(), from_h_N3H).t().to(dh_BH.dtype)
-        d_bias_4H = torch.mm(d_gates_N4H.new_ones(1, T * B), d_gates_N4H)[0].to(dh_BH.dtype)
-        workspace.give(gates_TB4H)
+        d_weight_ih_3HE = n_last(torch.mm(x_NE.t(), from_x_N3H).t().to(dtype))
+        d_weight_hh_3HH = torch.mm(factors_TBH[:-1].view(T * B, H).t(), from_h_N3H).t().to(dtype)
+        d_bias_4H = torch.mm(d_gates_N4H.new_ones(1, T * B), d_gates_N4H)[0].to(dtype)
+        torch.autograd.graph.increment_version(kept[0])  # by which a second backward is refused
+        workspace.give(d_gates_TB4H, *kept, *([factors_TBH] if factors_TBH is not states_TBH else []))
+        d_bias_ih_3H, d_bias_hh_3H = n_last(d_bias_4H[: 3 * H]), d_bias_4H[H:]
+        return d_x_TBE, d_h_BH, d_weight_ih_3HE, d_weight_hh_3HH, d_bias_ih_3H, d_bias_hh_3H, None, None
+
+
+def forward_steps(
+    into_TB3H: Tensor,
+    bias_4H: Tensor,
+    weight_hh_3HH: Tensor,
+    states_TBH: Tensor,
+    factors_TBH: Tensor,
+    gates_TB4H: Tensor,
+) -> None:
+    """As kernel.forward, but that for each step [n | r | z | s] is kept, in this order, so that the products of x
+    (n, r, z) and those of h (r, z, s) are each a contiguous stretch. `factors` may be the states themselves."""
+    (T, B, H), rounded = states_TBH[1:].shape, factors_TBH is not states_TBH
+    weight_hh_H3H = weight_hh_3HH.t().contiguous()
+    gates_TB4H[:, :, : 3 * H] = into_TB3H
+    gates_TB4H[:, :, : 3 * H] += bias_4H[: 3 * H]
+    n_TBH, r_TBH, z_TBH, s_TBH = gates_TB4H.unflatten(2, (4, H)).unbind(2)
+    s_TBH.copy_(bias_4H[3 * H :])
+    product_B3H = weight_hh_3HH.new_empty(B, 3 * H)
+    summand_B3H = product_B3H.to(gates_TB4H.dtype)
+    factors_TBH[0] = states_TBH[0]
+    for t in range(T):
+        recurrent_B3H = gates_TB4H[t, :, H:]
+        if rounded:  # an addition of two types is slower than a conversion and an addition
+            torch.mm(factors_TBH[t], weight_hh_H3H, out=product_B3H)
+            recurrent_B3H += summand_B3H.copy_(product_B3H)
+        else:
+            recurrent_B3H.addmm_(factors_TBH[t], weight_hh_H3H)
+        gates_TB4H[t, :, H : 3 * H].sigmoid_()
+        n_BH = tanh_(n_TBH[t].addcmul_(r_TBH[t], s_TBH[t]))
+        torch.lerp(n_BH, states_TBH[t], z_TBH[t], out=states_TBH[t + 1])
         if rounded:
-            workspace.give(d_gates_TB4H, factors_TBH)
-        d_x_TBE = d_x_NE.view(T, B, -1)
-        return d_x_TBE, dh_BH, d_weight_ih_3HE, d_weight_hh_3HH, n_last(d_bias_4H[: 3 * H]), d_bias_4H[H:], None
+            factors_TBH[t + 1] = states_TBH[t + 1]
+
+
+def backward_steps(
+    d_out_TBH: Tensor, gates_TB4H: Tensor, states_TBH: Tensor, weight_hh_3HH: Tensor, d_gates_TB4H: Tensor
+) -> Tensor:
+    """As kernel.backward, from the gates that `forward_steps` kept."""
+    (T, B, H), rounded = d_out_TBH.shape, d_gates_TB4H.dtype != gates_TB4H.dtype
+    gates_TB4xH = gates_TB4H.unflatten(2, (4, H))
+    exact_B4xH = gates_TB4H.new_empty(B, 4, H)  # before rounding; of one step, so that it stays in cache
+    product_BH = weight_hh_3HH.new_empty(B, H)
+    summand_BH = product_BH.to(gates_TB4H.dtype)
+    slopes_TB4xH = gates_TB4H.new_empty(min(T, BLOCK), B, 4, H)
+    scratch_TBH = gates_TB4H.new_empty(min(T, BLOCK), B, H)
+    dh_BH, next_BH = d_out_TBH[-1].clone(), torch.empty_like(summand_BH)
+    d_before = [torch.zeros_like(dh_BH), *d_out_TBH.unbind()[:-1]]  # from the output, for the state before each
+    z, slopes = gates_TB4xH[:, :, 2].unbind(), slopes_TB4xH.unbind()
+    d_gates, from_h = d_gates_TB4H.unflatten(2, (4, H)).unbind(), d_gates_TB4H[:, :, H:].unbind()
+    for start in reversed(range(0, T, BLOCK)):
+        block = slice(start, min(start + BLOCK, T))
+        slopes_of_h(gates_TB4xH[block], states_TBH[block], slopes_TB4xH, scratch_TBH)
+        for t in reversed(range(start, block.stop)):
+            torch.addcmul(d_before[t], dh_BH, z[t], out=next_BH)
+            if rounded:
+                d_gates[t].copy_(torch.mul(dh_BH.unsqueeze(1), slopes[t - start], out=exact_B4xH))
+                torch.mm(from_h[t], weight_hh_3HH, out=product_BH)
+                next_BH += summand_BH.copy_(product_BH)
+            else:
+                torch.mul(dh_BH.unsqueeze(1), slopes[t - start], out=d_gates[t])
+                next_BH.addmm_(from_h[t], weight_hh_3HH)
+            dh_BH, next_BH = next_BH, dh_BH
+    return dh_BH
 
 
 def slopes_of_h(gates_TB4xH: Tensor, before_TBH: Tensor, slopes_TB4xH: Tensor, scratch_TBH: Tensor) -> None:

@@ -2,18 +2,22 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from gru.model import kernel
 from gru.model.recurrence import GRU
 
 Outcome = dict[str, Tensor]
 
-# (T, B, E, H): one step, one lane, odd sizes, E != H, a block of steps exactly and with some left over.
+# (T, B, E, H): one step, one lane, odd sizes, E != H, a block of steps exactly and with some left over; hidden widths
+# that kernel.py takes, with whole tiles of lanes and with each remainder.
 SHAPES = [(1, 1, 1, 1), (1, 4, 8, 8), (7, 1, 5, 3), (8, 2, 16, 16), (19, 3, 7, 11), (33, 5, 64, 48)]
+SHAPES += [(1, 1, 5, 32), (6, 16, 32, 64), *((3, lanes, 16, 96) for lanes in range(9, 16)), (40, 33, 24, 32)]
 
 # Of the largest value of each tensor. A factor rounded to bf16 is off by at most 2^-9 = 0.2 %; errors add up over a sum
 # and over time, and partly cancel.
@@ -61,6 +65,16 @@ def draw(shape: tuple[int, int, int, int], seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(generator.normal(size=(T, B, E))), torch.from_numpy(generator.normal(size=(B, H)))
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What computes the steps: kernel.py where it is usable, or torch everywhere."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    elif kernel.library() is None:
+        pytest.skip("no compiler here, or no AVX512-BF16")
+
+
+@pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("products", TOLERANCES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_those_of_the_published_equations(
@@ -115,10 +129,11 @@ def test_fp32_without_gradients_is_torchs_own_gru() -> None:
     torch.testing.assert_close(with_gradient_TBH, expected_TBH, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("products", TOLERANCES)
 def test_carried_state_makes_windows_one_sequence(products: torch.dtype) -> None:
-    gru, _ = layer(16, 24, products, seed=0)
-    x_TBE, h_BH = (tensor.float() for tensor in draw((40, 4, 16, 24), seed=0))
+    gru, _ = layer(16, 64, products, seed=0)
+    x_TBE, h_BH = (tensor.float() for tensor in draw((40, 4, 16, 64), seed=0))
     whole_TBH, end_BH = gru(x_TBE, h_BH)
     parts = []
     for window in x_TBE.split([1, 8, 31]):
@@ -136,6 +151,61 @@ def test_the_same_inputs_give_the_same_bits(products: torch.dtype) -> None:
     first, second = (outcome(lambda x, h: gru(x, h)[0], x_TBE, h_BH, gru.gru.all_weights[0]) for _ in range(2))
     for name, tensor in first.items():
         assert torch.equal(second[name], tensor), name
+
+
+@pytest.mark.skipif(kernel.library() is None, reason="no compiler here, or no AVX512-BF16")
+def test_compiled_steps_of_a_lane_depend_on_neither_threads_nor_other_lanes() -> None:
+    T, B, H = 9, 21, 64
+    torch.manual_seed(0)
+    into_TB3H, weight_3HH = torch.randn(T, B, 3 * H).bfloat16(), torch.randn(3 * H, H).bfloat16() / 8
+    bias_4H, h_BH, d_out_TBH = torch.randn(4 * H), torch.randn(B, H), torch.randn(T, B, H)
+
+    def computed(lanes: slice, threads: int) -> list[Tensor]:
+        states_TBH = torch.empty(T + 1, B, H)[:, lanes].contiguous()
+        states_TBH[0] = h_BH[lanes]
+        rounded_TBH, z_TBH = states_TBH.bfloat16(), torch.empty_like(states_TBH[1:])
+        nrs_TB3H, d_gates_TB4H = (z_TBH.bfloat16().repeat(1, 1, times) for times in (3, 4))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            kernel.forward(
+                into_TB3H[:, lanes].contiguous(), bias_4H, weight_3HH, states_TBH, rounded_TBH, nrs_TB3H, z_TBH
+            )
+            d_h_BH = kernel.backward(
+                d_out_TBH[:, lanes].contiguous(), nrs_TB3H, z_TBH, states_TBH, weight_3HH, d_gates_TB4H
+            )
+        finally:
+            torch.set_num_threads(before)
+        return [states_TBH[1:], d_gates_TB4H, d_h_BH.unsqueeze(0)]
+
+    expected = computed(slice(B), 1)
+    for lanes, threads in ((slice(B), 2), (slice(B), 3), (slice(3, 4), 1), (slice(5, 18), 2)):
+        for whole, part in zip(expected, computed(lanes, threads), strict=True):
+            assert torch.equal(whole[:, lanes], part)
+
+
+def test_without_a_compiler_torch_computes_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(kernel, "COMPILE", ["no-such-compiler"])
+    assert kernel.library.__wrapped__() is None
+    monkeypatch.setattr(kernel, "COMPILE", ["false"])
+    assert kernel.library.__wrapped__() is None
+
+
+@pytest.mark.skipif(kernel.library() is None, reason="no compiler here, or no AVX512-BF16")
+def test_it_is_compiled_once_and_also_where_the_home_is_read_only(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert kernel.library.__wrapped__() is not None
+    [made] = tmp_path.rglob("*.so")
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+        assert kernel.library.__wrapped__() is not None
+    assert list(made.parent.iterdir()) == [made]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    assert kernel.library.__wrapped__() is not None
 
 
 @pytest.mark.parametrize("products", TOLERANCES)
