@@ -1,4 +1,6 @@
-"""Train other recurrent cells and a Transformer too, each for equal time on the prepared dataset, and compare them."""
+"""Train other recurrent cells and a Transformer too, each for equal time on the prepared dataset, and compare them.
+
+Each recurrent model is kept as a bundle, in the directory that the result names `records`."""
 
 import argparse
 import os
@@ -31,6 +33,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     prepared = stages.prepare(config, call.dataset).require()
     import torch
 
+    from gru import registry
     from gru.corpus.dataset import open_dataset
     from gru.training import comparison, report
     from gru.training.loop import heldout_tokens
@@ -76,9 +79,21 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
                 def show(line: str) -> None:
                     call.progress(f"{name}: {line}")
 
-                record = comparison.train(
+                record, model = comparison.train(
                     contender, seed, dataset, heldout, seconds, settings.lanes, settings.heldout_bytes, device, show
                 )
+                if not (contender.transformer or record["diverged"]):
+                    lineage = {
+                        "run": child.id,
+                        "checkpoint_step": record["steps"],
+                        "dataset": prepared["dataset"],
+                        "dataset_digest": prepared["digest"],
+                        "tokenizer_digest": dataset.manifest.tokenizer_digest,
+                        "sources": config.corpus.sources,
+                        "versions": {"torch": str(torch.__version__)},
+                    }
+                    bundle = path.removesuffix(".json")
+                    registry.write_bundle(bundle, contender.model, model.state_dict(), dataset.tokenizer(), lineage)
                 storage.write_json(path, record)
                 call.progress(f"{name}: {_outcome(record)}")
             child.log_params({"contender": contender.name, "seed": seed, **record["settings"]})

@@ -194,7 +194,7 @@ def train(
     most_bytes: int,
     device: torch.device,
     show: Callable[[str], None],
-) -> Record:
+) -> tuple[Record, LanguageModel]:
     """Train one contender for so many seconds, measured on the tokens `heldout` on the way and at its end on all
     held-out text, `most_bytes` at most, read in `lanes` stretches. Raises UserError if the corpus is too small."""
     manifest, config = dataset.manifest, contender.train.model_copy(update={"seed": seed})
@@ -235,7 +235,7 @@ def train(
         whole = read_heldout(tokenizer, dataset.texts("heldout"), most_bytes)
         scores = whole.scores(stream_loss(model, cut(whole.tokens, lanes, window, manifest.end_of_text), lanes), lanes)
     distance = min(REACH, config.window) if contender.transformer else REACH
-    return {
+    record: Record = {
         "name": contender.name,
         "seed": seed,
         "settings": {
@@ -259,6 +259,7 @@ def train(
         "state_bytes": {str(tokens): stream_bytes(model, tokens) for tokens in STREAMS},
         "diverged": diverged,
     }
+    return record, model
 
 
 def stream_bytes(model: LanguageModel, tokens: int) -> int:

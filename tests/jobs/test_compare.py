@@ -13,6 +13,7 @@ import mlflow
 import pytest
 import ray
 
+from gru.registry import load_bundle
 from gru.training.comparison import DEFAULTS, MEASUREMENTS
 
 CONFIG = """
@@ -83,6 +84,10 @@ def test_all_are_compared_and_what_came_of_it_is_kept(prepared: Path, mlflow_sto
     for name in DEFAULTS:
         assert f"compare: | {name} | {rows[name]['parameters']:,} |" in told
     assert "gru is better than the transformer at " in told
+    bundles = {path.name.partition("-")[0]: load_bundle(path) for path in (prepared / result["records"]).glob("*-0/")}
+    assert set(bundles) == set(DEFAULTS) - {"transformer"}
+    for name, bundle in bundles.items():
+        assert sum(parameter.numel() for parameter in bundle.model.parameters()) == rows[name]["parameters"]
 
     client = mlflow.MlflowClient()
     artifacts = {file.path for file in client.list_artifacts(result["run"])}
