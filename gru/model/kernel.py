@@ -1,24 +1,26 @@
 """recurrence.c as functions of tensors: compiled by the machine's C compiler when it is first needed, and kept.
 
-It knows the shapes of what recurrence.c reads and writes, and nothing of autograd.
-T time, B lanes, H hidden width; nH: n blocks of H side by side.
+It knows the shapes of what recurrence.c reads and writes, and nothing of autograd. "Factors" are what matrix products
+multiply, in bf16 or fp32; all else is fp32. T time, B lanes, H hidden width; nH: n blocks of H side by side.
 """
 
 import ctypes
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("recurrence.c")
-COMPILE = ["cc", "-O3", "-shared", "-fPIC", "-fopenmp"]  # OpenMP's threads are then torch's own: one libgomp is loaded
-WIDTH, UNITS = 16, 32  # as in recurrence.c
+# OpenMP's threads are then torch's own: one libgomp is loaded.
+COMPILE = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-fopenmp"]
 
 log = logging.getLogger(__name__)
 
@@ -33,26 +35,48 @@ _Forward = _structure("_Forward", "into bias weights nrs z states rounded")
 _Backward = _structure("_Backward", "d_out nrs z states weights d_gates d_h")
 
 
-def usable(hidden: int, products: torch.dtype, like: Tensor) -> bool:
-    """Whether `forward` and `backward` can be called on tensors like that one."""
-    suits = products is torch.bfloat16 and like.dtype is torch.float32 and like.device.type == "cpu"
-    return suits and hidden % UNITS == 0 and library() is not None
+class Kernel(NamedTuple):
+    """recurrence.c for one type of factors. The hidden width must be a multiple of `units`."""
+
+    library: ctypes.CDLL
+    width: int
+    units: int
+
+
+def kernel_for(hidden: int, factors: torch.dtype, like: Tensor) -> Kernel | None:
+    """What computes the steps of states of that width, of the type and on the device of `like`, if anything does."""
+    if like.dtype is not torch.float32 or like.device.type != "cpu" or factors not in (torch.bfloat16, torch.float32):
+        return None
+    found = kernel(factors)
+    return found if found and hidden % found.units == 0 else None
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """None, with the reason logged, where there is no compiler or the processor does not multiply bf16."""
+def kernel(factors: torch.dtype) -> Kernel | None:
+    """None, with the reason logged, where there is no compiler or the processor does not suit."""
     try:
-        if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
-            raise OSError("this processor has no AVX512-BF16")
-        return ctypes.CDLL(str(_compiled()))
+        processor = _processor()
+        flags = []
+        if factors is torch.bfloat16:
+            if "avx512_bf16" not in processor.split() or "amx_bf16" in processor.split():
+                raise OSError("bf16 is multiplied by AVX512-BF16 where there is no AMX")  # which torch uses
+            flags.append("-DBF16")
+        library = ctypes.CDLL(str(_compiled(flags, processor)))
     except (OSError, subprocess.SubprocessError) as reason:
-        log.info("the recurrence is computed by torch, which is slower: %s", reason)
+        log.info("torch computes the recurrence in %s, which is slower than recurrence.c: %s", factors, reason)
         return None
+    return Kernel(library, *(ctypes.c_int64.in_dll(library, name).value for name in ("width", "units")))
 
 
-def _compiled() -> Path:
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(COMPILE).encode()).hexdigest()[:16]
+def _processor() -> str:
+    """The instruction sets that this processor has: code for one may not run on another of the same home directory."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _compiled(flags: list[str], processor: str) -> Path:
+    command = [*COMPILE, *flags, str(SOURCE), "-o"]
+    name = hashlib.sha256(SOURCE.read_bytes() + f"{COMPILE} {flags} {processor}".encode()).hexdigest()[:16]
     directory = Path.home() / ".cache" / "gru-pipeline"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -61,44 +85,60 @@ def _compiled() -> Path:
     path = directory / f"recurrence-{name}.so"
     if not path.exists():
         draft = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*COMPILE, str(SOURCE), "-o", str(draft)], check=True, capture_output=True, text=True)
+        subprocess.run([*command, str(draft)], check=True, capture_output=True, text=True)
         draft.rename(path)
     return path
 
 
 def forward(
+    kernel: Kernel,
     into_TB3H: Tensor,
     bias_4H: Tensor,
     weight_hh_3HH: Tensor,
     states_TBH: Tensor,
-    rounded_TBH: Tensor,
+    factors_TBH: Tensor,
     nrs_TB3H: Tensor | None = None,
     z_TBH: Tensor | None = None,
 ) -> None:
-    """From the first of the T + 1 states, write those after it, all of them rounded, and, where wanted, the gates.
+    """From the first of the T + 1 states, write those after it, all of them as factors, and, where wanted, the gates.
 
-    into: products of the inputs, for n, r, z, in bf16. bias: of n, r, z, s. weight_hh: as torch.nn.GRU has it, in bf16.
+    into: products of the inputs, for n, r, z. bias: of n, r, z, s. weight_hh: factors, as torch.nn.GRU has them. The
+    states may be their own factors.
     """
-    T, B, H = into_TB3H.shape[0], *states_TBH.shape[1:]
-    weights = weight_hh_3HH.view(3, H // WIDTH, WIDTH, H // 2, 2).permute(1, 3, 0, 2, 4).contiguous()
-    _run("forward", _Forward, T, B, H, into_TB3H, bias_4H, weights, nrs_TB3H, z_TBH, states_TBH, rounded_TBH)
+    (T, B, H), W, D = states_TBH[1:].shape, kernel.width, _depth(weight_hh_3HH)
+    weights = weight_hh_3HH.view(3, H // W, W, H // D, D).permute(1, 3, 0, 2, 4).contiguous()
+    arguments = into_TB3H, bias_4H, weights, nrs_TB3H, z_TBH, states_TBH, factors_TBH
+    _call(kernel.library.forward, _Forward(T, B, H, *map(_pointer, arguments)))
 
 
 def backward(
-    d_out_TBH: Tensor, nrs_TB3H: Tensor, z_TBH: Tensor, states_TBH: Tensor, weight_hh_3HH: Tensor, d_gates_TB4H: Tensor
+    kernel: Kernel,
+    d_out_TBH: Tensor,
+    nrs_TB3H: Tensor,
+    z_TBH: Tensor,
+    states_TBH: Tensor,
+    weight_hh_3HH: Tensor,
+    d_gates_TB4H: Tensor,
 ) -> Tensor:
-    """Write the gradients of the sums that n, r and z are functions of, and of s, in bf16; returns that of the first
+    """Write the gradients of the sums that n, r and z are functions of, and of s, as factors; returns that of the first
     state [B, H]."""
-    T, B, H = d_out_TBH.shape
-    weights = weight_hh_3HH.view(3 * H // 2, 2, H // UNITS, 2, WIDTH).permute(2, 0, 3, 4, 1).contiguous()
+    (T, B, H), W, D = d_out_TBH.shape, kernel.width, _depth(weight_hh_3HH)
+    weights = weight_hh_3HH.view(3 * H // D, D, H // (2 * W), 2, W).permute(2, 0, 3, 4, 1).contiguous()
     d_h_BH = torch.empty_like(states_TBH[0])
-    _run("backward", _Backward, T, B, H, d_out_TBH, nrs_TB3H, z_TBH, states_TBH, weights, d_gates_TB4H, d_h_BH)
+    arguments = d_out_TBH, nrs_TB3H, z_TBH, states_TBH, weights, d_gates_TB4H, d_h_BH
+    _call(kernel.library.backward, _Backward(T, B, H, *map(_pointer, arguments)))
     return d_h_BH
 
 
-def _run(function: str, structure: type[ctypes.Structure], T: int, B: int, H: int, *tensors: Tensor | None) -> None:
-    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    loaded = library()
-    assert loaded is not None
-    getattr(loaded, function)(ctypes.byref(structure(T, B, H, *pointers)), ctypes.c_int(torch.get_num_threads()))
+def _depth(factors: Tensor) -> int:
+    """How many neighbouring factors are multiplied at once."""
+    return 2 if factors.dtype is torch.bfloat16 else 1
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _call(function: Any, arguments: ctypes.Structure) -> None:
+    function(ctypes.byref(arguments), ctypes.c_int(torch.get_num_threads()))

@@ -1,121 +1,160 @@
-/* The time steps of the GRU, forwards and backwards, on x86-64 processors that multiply bf16 (AVX512-BF16).
+/* The time steps of the GRU, forwards and backwards.
 
    Everything that the steps of a sequence need one after the other, and nothing else: the products of whole sequences
    are torch's. Each thread takes some of the lanes through all of the steps, so threads never wait for each other. A
-   tile of rows and the gates of 16 or 32 hidden units is multiplied in registers, and the pointwise work is done there
-   before anything is stored. A row's sums are added up in one order, whatever the tile, so a lane's bits depend neither
-   on the number of threads nor on the other lanes.
+   tile of lanes and hidden units is multiplied in registers, and the pointwise work is done there before anything is
+   stored. A row's sums are added up in one order, whatever the tile, so a lane's bits depend neither on the number of
+   threads nor on the other lanes.
 
-   T time, B lanes, H hidden width, a multiple of UNITS. Equations and order of the gates: recurrence.py. */
+   Compiled for the machine it runs on, by kernel.py; with -DBF16 for bf16 factors, which takes AVX512-BF16, else for
+   fp32. T time, B lanes, H hidden width, a multiple of UNITS. Equations and order of the gates: recurrence.py. */
 
-#include <immintrin.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma")
+#if defined(__AVX512F__)
+enum { WIDTH = 16, ROWS = 8 }; /* floats in a register; lanes in a tile: its sums fill the registers, nearly */
+#elif defined(__AVX__)
+enum { WIDTH = 8, ROWS = 4 };
+#elif defined(__aarch64__)
+enum { WIDTH = 4, ROWS = 8 };
+#else
+enum { WIDTH = 4, ROWS = 4 };
+#endif
+enum { UNITS = 2 * WIDTH };
 
-enum { WIDTH = 16, UNITS = 2 * WIDTH, ROWS = 8 };
+typedef float vec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-typedef uint16_t bf16;
+static inline vec load(const float *from) { return *(const vec *)from; }
 
-/* Two neighbouring factors of a row, in all places. */
-static inline __m512bh pair(const bf16 *row) {
+static inline void store(float *to, vec x) { *(vec *)to = x; }
+
+static inline vec all(float x) { return x - (vec){0}; }
+
+#ifdef BF16
+
+#include <immintrin.h>
+
+enum { DEPTH = 2 }; /* neighbouring factors of a row that are multiplied at once */
+typedef uint16_t factor;
+typedef __m512bh factors;
+
+static inline factors repeated(const factor *row) {
     int32_t both;
     memcpy(&both, row, sizeof both);
-    return (__m512bh)_mm512_set1_epi32(both);
+    return (factors)_mm512_set1_epi32(both);
 }
 
-static inline __m512bh factors(const bf16 *weights) { return (__m512bh)_mm512_loadu_si512(weights); }
+static inline factors of_units(const factor *weights) { return (factors)_mm512_loadu_si512(weights); }
 
-static inline __m512 widened(const bf16 *from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
+static inline vec multiply_add(vec sum, factors row, factors weights) {
+    return (vec)_mm512_dpbf16_ps((__m512)sum, row, weights);
 }
 
-static inline void store_rounded(bf16 *to, __m512 x) {
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+static inline vec widened(const factor *from) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16);
 }
 
-/* 2^x: a polynomial of the remainder in [-1/2, 1/2] (Taylor in x ln 2, off by 2e-7 at most), scaled by the rest. */
-static inline __m512 power_of_two(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 sum = _mm512_set1_ps(1.5403530e-4f);
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.3333558e-3f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(9.6181291e-3f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(5.5504109e-2f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(2.4022651e-1f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(6.9314718e-1f));
-    sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(sum, whole);
+static inline void store_rounded(factor *to, vec x) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 }
 
-static inline __m512 one_over_one_plus_power(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, power_of_two(x)));
+#else
+
+enum { DEPTH = 1 };
+typedef float factor;
+typedef vec factors;
+
+static inline factors repeated(const factor *row) { return all(*row); }
+
+static inline factors of_units(const factor *weights) { return load(weights); }
+
+static inline vec multiply_add(vec sum, factors row, factors weights) { return sum + row * weights; }
+
+static inline vec widened(const factor *from) { return load(from); }
+
+static inline void store_rounded(factor *to, vec x) { store(to, x); }
+
+#endif
+
+static inline vec limited(vec x, float low, float high) { /* not a number stays what it is */
+    const ints below = x < low, above = x > high;
+    return (vec)(((ints)x & ~(below | above)) | ((ints)all(low) & below) | ((ints)all(high) & above));
 }
 
-static inline __m512 sigmoid(__m512 x) {
-    return one_over_one_plus_power(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)));
+/* 2^x for x in [-126, 126], and the nearest of these for others: a polynomial of the remainder in [-1/2, 1/2] (Taylor
+   in x ln 2, off by 2e-7 at most), times a power made of its exponent. */
+static inline vec power_of_two(vec x) {
+    const float round = 12582912.0f; /* 1.5 * 2^23: to which only whole numbers can be added */
+    x = limited(x, -126.0f, 126.0f);
+    const vec whole = (x + round) - round;
+    const vec f = x - whole;
+    vec sum = f * 1.5403530e-4f + 1.3333558e-3f;
+    sum = sum * f + 9.6181291e-3f;
+    sum = sum * f + 5.5504109e-2f;
+    sum = sum * f + 2.4022651e-1f;
+    sum = sum * f + 6.9314718e-1f;
+    sum = sum * f + 1.0f;
+    return sum * (vec)((__builtin_convertvector(whole, ints) + 127) << 23);
 }
+
+static inline vec sigmoid(vec x) { return 1.0f / (1.0f + power_of_two(x * -1.44269504f)); }
 
 /* 2 sigmoid(2 x) - 1 */
-static inline __m512 tanh_of(__m512 x) {
-    const __m512 half = one_over_one_plus_power(_mm512_mul_ps(x, _mm512_set1_ps(-2.88539008f)));
-    return _mm512_fmsub_ps(_mm512_set1_ps(2.0f), half, _mm512_set1_ps(1.0f));
-}
+static inline vec tanh_of(vec x) { return 2.0f / (1.0f + power_of_two(x * -2.88539008f)) - 1.0f; }
 
 typedef struct {
     int64_t T, B, H;
-    const bf16 *into;      /* [T, B, 3 H] products of the inputs: n, r, z */
+    const factor *into;    /* [T, B, 3 H] products of the inputs: n, r, z */
     const float *bias;     /* [4 H] n, r, z, s */
-    const bf16 *weights;   /* [H / WIDTH, H / 2, 3, WIDTH, 2] of r, z, s */
-    bf16 *nrs;             /* [T, B, 3 H] gates for backward: n, r, s; NULL where they are not wanted */
+    const factor *weights; /* [H / WIDTH, H / DEPTH, 3, WIDTH, DEPTH] of r, z, s */
+    factor *nrs;           /* [T, B, 3 H] gates for backward: n, r, s; NULL where they are not wanted */
     float *z;              /* [T, B, H] and z: what is nearly 1, rounded to bf16, would keep nothing or all */
     float *states;         /* [T + 1, B, H], the first of them given */
-    bf16 *rounded;         /* [T + 1, B, H] of the states */
+    factor *rounded;       /* [T + 1, B, H] of the states; may be the states themselves */
 } Forward;
 
 /* The states of `rows` lanes from `lane` on and of WIDTH units from `unit` on, after step t. */
 static inline __attribute__((always_inline)) void advance(const Forward *f, int64_t t, int64_t lane, int64_t unit,
                                                           const int rows) {
     const int64_t H = f->H;
-    const bf16 *weights = f->weights + unit / WIDTH * (H / 2) * 3 * UNITS;
-    const bf16 *before = f->rounded + (t * f->B + lane) * H;
-    __m512 sum[ROWS][3];
+    const factor *weights = f->weights + unit * H * 3;
+    const factor *before = f->rounded + (t * f->B + lane) * H;
+    vec sum[ROWS][3];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
-        for (int gate = 0; gate < 3; gate++) sum[row][gate] = _mm512_loadu_ps(f->bias + (gate + 1) * H + unit);
-    for (int64_t k = 0; k < H; k += 2, weights += 3 * UNITS) {
-        const __m512bh r = factors(weights), z = factors(weights + UNITS), s = factors(weights + 2 * UNITS);
+        for (int gate = 0; gate < 3; gate++) sum[row][gate] = load(f->bias + (gate + 1) * H + unit);
+    for (int64_t k = 0; k < H; k += DEPTH, weights += 3 * WIDTH * DEPTH) {
+        const factors r = of_units(weights), z = of_units(weights + WIDTH * DEPTH);
+        const factors s = of_units(weights + 2 * WIDTH * DEPTH);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
-            const __m512bh h = pair(before + row * H + k);
-            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], h, r);
-            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], h, z);
-            sum[row][2] = _mm512_dpbf16_ps(sum[row][2], h, s);
+            const factors h = repeated(before + row * H + k);
+            sum[row][0] = multiply_add(sum[row][0], h, r);
+            sum[row][1] = multiply_add(sum[row][1], h, z);
+            sum[row][2] = multiply_add(sum[row][2], h, s);
         }
     }
-    const __m512 bias_n = _mm512_loadu_ps(f->bias + unit);
+    const vec bias_n = load(f->bias + unit);
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++) {
         const int64_t place = t * f->B + lane + row;
-        const bf16 *into = f->into + place * 3 * H + unit;
-        const __m512 s = sum[row][2];
-        const __m512 r = sigmoid(_mm512_add_ps(sum[row][0], widened(into + H)));
-        const __m512 z = sigmoid(_mm512_add_ps(sum[row][1], widened(into + 2 * H)));
-        const __m512 n = tanh_of(_mm512_fmadd_ps(r, s, _mm512_add_ps(bias_n, widened(into))));
-        const __m512 h_before = _mm512_loadu_ps(f->states + place * H + unit);
-        const __m512 h = _mm512_fmadd_ps(z, _mm512_sub_ps(h_before, n), n);
-        _mm512_storeu_ps(f->states + (place + f->B) * H + unit, h);
+        const factor *into = f->into + place * 3 * H + unit;
+        const vec s = sum[row][2];
+        const vec r = sigmoid(sum[row][0] + widened(into + H));
+        const vec z = sigmoid(sum[row][1] + widened(into + 2 * H));
+        const vec n = tanh_of(r * s + (bias_n + widened(into)));
+        const vec h = n + z * (load(f->states + place * H + unit) - n);
+        store(f->states + (place + f->B) * H + unit, h);
         store_rounded(f->rounded + (place + f->B) * H + unit, h);
         if (f->nrs) {
-            bf16 *nrs = f->nrs + place * 3 * H + unit;
+            factor *nrs = f->nrs + place * 3 * H + unit;
             store_rounded(nrs, n);
             store_rounded(nrs + H, r);
             store_rounded(nrs + 2 * H, s);
-            _mm512_storeu_ps(f->z + place * H + unit, z);
+            store(f->z + place * H + unit, z);
         }
     }
 }
@@ -123,31 +162,28 @@ static inline __attribute__((always_inline)) void advance(const Forward *f, int6
 typedef struct {
     int64_t T, B, H;
     const float *d_out;    /* [T, B, H] */
-    const bf16 *nrs;       /* these three as Forward's */
+    const factor *nrs;     /* these three as Forward's */
     const float *z;
     const float *states;
-    const bf16 *weights;   /* [H / UNITS, 3 H / 2, 2, WIDTH, 2] of r, z, s */
-    bf16 *d_gates;         /* [T, B, 4 H] gradients of the sums that n, r, z are functions of, and of s */
+    const factor *weights; /* [H / UNITS, 3 H / DEPTH, 2, WIDTH, DEPTH] of r, z, s */
+    factor *d_gates;       /* [T, B, 4 H] gradients of the sums that n, r, z are functions of, and of s */
     float *d_h;            /* [B, H]: what is carried; at the end, the gradient of the first state */
 } Backward;
 
-/* From the gradient of the state after step t to those of the gates' sums at t, and what goes straight to the state
-   before. */
-static inline __m512 unfold(const Backward *b, int64_t place, int64_t unit, __m512 d_h) {
+/* From the gradient of the state after a step to those of its gates' sums, written to their place; returns what goes
+   straight to the state before. */
+static inline vec unfold(const Backward *b, int64_t place, int64_t unit, vec d_h) {
     const int64_t H = b->H;
-    const bf16 *nrs = b->nrs + place * 3 * H + unit;
-    const __m512 n = widened(nrs), r = widened(nrs + H), s = widened(nrs + 2 * H);
-    const __m512 z = _mm512_loadu_ps(b->z + place * H + unit);
-    const __m512 before = _mm512_loadu_ps(b->states + place * H + unit);
-    const __m512 kept = _mm512_mul_ps(d_h, z), new = _mm512_sub_ps(d_h, kept);
-    const __m512 d_n = _mm512_fnmadd_ps(_mm512_mul_ps(new, n), n, new);
-    const __m512 d_s = _mm512_mul_ps(d_n, r);
-    const __m512 d_r = _mm512_mul_ps(_mm512_fnmadd_ps(d_s, r, d_s), s);
-    const __m512 d_z = _mm512_mul_ps(_mm512_mul_ps(new, z), _mm512_sub_ps(before, n));
-    bf16 *d_gates = b->d_gates + place * 4 * H + unit;
+    const factor *nrs = b->nrs + place * 3 * H + unit;
+    const vec n = widened(nrs), r = widened(nrs + H), s = widened(nrs + 2 * H);
+    const vec z = load(b->z + place * H + unit), before = load(b->states + place * H + unit);
+    const vec kept = d_h * z, new = d_h - kept;
+    const vec d_n = new - new * n * n;
+    const vec d_s = d_n * r;
+    factor *d_gates = b->d_gates + place * 4 * H + unit;
     store_rounded(d_gates, d_n);
-    store_rounded(d_gates + H, d_r);
-    store_rounded(d_gates + 2 * H, d_z);
+    store_rounded(d_gates + H, (d_s - d_s * r) * s);
+    store_rounded(d_gates + 2 * H, new * z * (before - n));
     store_rounded(d_gates + 3 * H, d_s);
     return kept;
 }
@@ -157,19 +193,19 @@ static inline __m512 unfold(const Backward *b, int64_t place, int64_t unit, __m5
 static inline __attribute__((always_inline)) void retreat(const Backward *b, int64_t t, int64_t lane, int64_t unit,
                                                           const int rows) {
     const int64_t H = b->H;
-    const bf16 *weights = b->weights + unit / UNITS * (3 * H / 2) * 2 * UNITS;
-    const bf16 *d_gates = b->d_gates + (t * b->B + lane) * 4 * H + H;
-    __m512 sum[ROWS][2];
+    const factor *weights = b->weights + unit * 3 * H;
+    const factor *d_gates = b->d_gates + (t * b->B + lane) * 4 * H + H;
+    vec sum[ROWS][2];
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
-        for (int half = 0; half < 2; half++) sum[row][half] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < 3 * H; k += 2, weights += 2 * UNITS) {
-        const __m512bh left = factors(weights), right = factors(weights + UNITS);
+        for (int half = 0; half < 2; half++) sum[row][half] = all(0.0f);
+    for (int64_t k = 0; k < 3 * H; k += DEPTH, weights += UNITS * DEPTH) {
+        const factors left = of_units(weights), right = of_units(weights + WIDTH * DEPTH);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
-            const __m512bh d = pair(d_gates + row * 4 * H + k);
-            sum[row][0] = _mm512_dpbf16_ps(sum[row][0], d, left);
-            sum[row][1] = _mm512_dpbf16_ps(sum[row][1], d, right);
+            const factors d = repeated(d_gates + row * 4 * H + k);
+            sum[row][0] = multiply_add(sum[row][0], d, left);
+            sum[row][1] = multiply_add(sum[row][1], d, right);
         }
     }
 #pragma GCC unroll 8
@@ -177,12 +213,9 @@ static inline __attribute__((always_inline)) void retreat(const Backward *b, int
         for (int half = 0; half < 2; half++) {
             const int64_t place = (t - 1) * b->B + lane + row, at = unit + half * WIDTH;
             float *carried = b->d_h + (lane + row) * H + at;
-            __m512 d_h = _mm512_add_ps(_mm512_loadu_ps(carried), sum[row][half]);
-            if (t > 0) {
-                d_h = _mm512_add_ps(d_h, _mm512_loadu_ps(b->d_out + place * H + at));
-                d_h = unfold(b, place, at, d_h);
-            }
-            _mm512_storeu_ps(carried, d_h);
+            vec d_h = load(carried) + sum[row][half];
+            if (t > 0) d_h = unfold(b, place, at, d_h + load(b->d_out + place * H + at));
+            store(carried, d_h);
         }
 }
 
@@ -193,15 +226,15 @@ static inline __attribute__((always_inline)) void retreat(const Backward *b, int
             case 2: step(__VA_ARGS__, 2); break;                      \
             case 3: step(__VA_ARGS__, 3); break;                      \
             case 4: step(__VA_ARGS__, 4); break;                      \
-            case 5: step(__VA_ARGS__, 5); break;                      \
-            case 6: step(__VA_ARGS__, 6); break;                      \
-            case 7: step(__VA_ARGS__, 7); break;                      \
-            default: step(__VA_ARGS__, 8);                            \
+            case 5: step(__VA_ARGS__, ROWS < 5 ? ROWS : 5); break;    \
+            case 6: step(__VA_ARGS__, ROWS < 6 ? ROWS : 6); break;    \
+            case 7: step(__VA_ARGS__, ROWS < 7 ? ROWS : 7); break;    \
+            case 8: step(__VA_ARGS__, ROWS < 8 ? ROWS : 8); break;    \
         }
 
 static void forward_lanes(const Forward *f, int64_t first, int64_t after) {
     for (int64_t place = first * f->H; place < after * f->H; place += WIDTH)
-        store_rounded(f->rounded + place, _mm512_loadu_ps(f->states + place));
+        store_rounded(f->rounded + place, load(f->states + place));
     for (int64_t t = 0; t < f->T; t++)
         for (int64_t unit = 0; unit < f->H; unit += WIDTH) EACH_TILE(advance, first, after, f, t, lane, unit)
 }
@@ -210,14 +243,14 @@ static void backward_lanes(const Backward *b, int64_t first, int64_t after) {
     for (int64_t lane = first; lane < after; lane++)
         for (int64_t unit = 0; unit < b->H; unit += WIDTH) {
             const int64_t place = (b->T - 1) * b->B + lane;
-            const __m512 d_h = _mm512_loadu_ps(b->d_out + place * b->H + unit);
-            _mm512_storeu_ps(b->d_h + lane * b->H + unit, unfold(b, place, unit, d_h));
+            const vec d_h = load(b->d_out + place * b->H + unit);
+            store(b->d_h + lane * b->H + unit, unfold(b, place, unit, d_h));
         }
     for (int64_t t = b->T - 1; t >= 0; t--)
         for (int64_t unit = 0; unit < b->H; unit += UNITS) EACH_TILE(retreat, first, after, b, t, lane, unit)
 }
 
-#pragma GCC pop_options
+const int64_t width = WIDTH, units = UNITS;
 
 void forward(const Forward *f, int threads) {
 #pragma omp parallel num_threads(threads)

@@ -60,7 +60,7 @@ class Recurrence(torch.autograd.Function):
     """The GRU over a sequence as one node of the graph, for CPUs.
 
     One product before the time steps and three after them take all of their rows at once; the steps themselves are
-    kernel.py's where it is usable, else torch's. `products` is the type that the factors of matrix products are rounded
+    kernel.py's where there is one, else torch's. `products` is the type that the factors of matrix products are rounded
     to; states, gates and sums are computed in the type of x. It can be run backwards only once: what was kept for that
     is then written over.
     """
@@ -78,11 +78,9 @@ class Recurrence(torch.autograd.Function):
         differentiate: bool,
     ) -> Tensor:
         (T, B, E), H = x_TBE.shape, h_BH.shape[1]
-        compiled = kernel.usable(H, products, x_TBE)
+        compiled = kernel.kernel_for(H, products, x_TBE)
         x_NE = x_TBE.reshape(T * B, E).to(products)
-        weight_ih_E3H = (
-            n_first(weight_ih_3HE.to(products)).t().contiguous()
-        )  # products of contiguous factors are fastest
+        weight_ih_E3H = n_first(weight_ih_3HE.to(products)).t().contiguous()  # with which products are fastest
         into_N3H = torch.mm(x_NE, weight_ih_E3H, out=workspace.take((T * B, 3 * H), x_NE))
         into_TB3H = into_N3H.view(T, B, 3 * H)
         bias_4H = torch.cat([n_first(bias_ih_3H), bias_hh_3H[2 * H :]])
@@ -94,7 +92,8 @@ class Recurrence(torch.autograd.Function):
         if compiled:
             if differentiate:
                 kept = [workspace.take((T, B, 3 * H), x_NE), workspace.take((T, B, H), x_TBE)]
-            kernel.forward(into_TB3H, bias_4H, weight_hh_3HH.to(products), states_TBH, factors_TBH, *kept)
+            weights = weight_hh_3HH.to(products)
+            kernel.forward(compiled, into_TB3H, bias_4H, weights, states_TBH, factors_TBH, *kept)
         else:
             kept = [workspace.take((T, B, 4 * H), x_TBE)]
             forward_steps(into_TB3H, bias_4H, weight_hh_3HH.to(products), states_TBH, factors_TBH, kept[0])
@@ -112,7 +111,9 @@ class Recurrence(torch.autograd.Function):
         d_gates_TB4H = workspace.take((T, B, 4 * H), x_NE)
         if ctx.compiled:
             nrs_TB3H, z_TBH = kept
-            d_h_BH = kernel.backward(d_out_TBH.contiguous(), nrs_TB3H, z_TBH, states_TBH, weight_hh_3HH, d_gates_TB4H)
+            d_h_BH = kernel.backward(
+                ctx.compiled, d_out_TBH.contiguous(), nrs_TB3H, z_TBH, states_TBH, weight_hh_3HH, d_gates_TB4H
+            )
         else:
             d_h_BH = backward_steps(d_out_TBH, kept[0], states_TBH, weight_hh_3HH, d_gates_TB4H)
         d_gates_N4H = d_gates_TB4H.view(T * B, 4 * H)
@@ -136,8 +137,8 @@ def forward_steps(
     factors_TBH: Tensor,
     gates_TB4H: Tensor,
 ) -> None:
-    """As kernel.forward, but that for each step [n | r | z | s] is kept, in this order, so that the products of x
-    (n, r, z) and those of h (r, z, s) are each a contiguous stretch. `factors` may be the states themselves."""
+    """What kernel.forward does, in torch. For each step [n | r | z | s] is kept, in this order, so that the products of
+    x (n, r, z) and those of h (r, z, s) are each a contiguous stretch. `factors` may be the states themselves."""
     (T, B, H), rounded = states_TBH[1:].shape, factors_TBH is not states_TBH
     weight_hh_H3H = weight_hh_3HH.t().contiguous()
     gates_TB4H[:, :, : 3 * H] = into_TB3H
@@ -164,7 +165,7 @@ def forward_steps(
 def backward_steps(
     d_out_TBH: Tensor, gates_TB4H: Tensor, states_TBH: Tensor, weight_hh_3HH: Tensor, d_gates_TB4H: Tensor
 ) -> Tensor:
-    """As kernel.backward, from the gates that `forward_steps` kept."""
+    """What kernel.backward does, in torch, from the gates that `forward_steps` kept."""
     (T, B, H), rounded = d_out_TBH.shape, d_gates_TB4H.dtype != gates_TB4H.dtype
     gates_TB4xH = gates_TB4H.unflatten(2, (4, H))
     exact_B4xH = gates_TB4H.new_empty(B, 4, H)  # before rounding; of one step, so that it stays in cache

@@ -3,8 +3,8 @@ second line is as long, next to the same share of the poems that the openings ar
 
 python -m tests.benchmarks.verse DATASET BUNDLE [--openings N] [--temperature T]
 
-DATASET and BUNDLE are the directories that `jobs.prepare` and `jobs.train` name in their results, of
-pipelines/configs/poetry.toml.
+DATASET is the directory that `jobs.prepare` names in its result, of pipelines/configs/poetry.toml; BUNDLE the one that
+`jobs.train` names, or one of those that `jobs.compare` keeps.
 """
 
 import argparse

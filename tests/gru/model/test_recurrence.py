@@ -1,6 +1,7 @@
 """The recurrence against the published equations in float64, values and gradients, in both precisions."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,9 +70,7 @@ def draw(shape: tuple[int, int, int, int], seed: int) -> tuple[Tensor, Tensor]:
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What computes the steps: kernel.py where it is usable, or torch everywhere."""
     if request.param == "torch":
-        monkeypatch.setattr(kernel, "library", lambda: None)
-    elif kernel.library() is None:
-        pytest.skip("no compiler here, or no AVX512-BF16")
+        monkeypatch.setattr(kernel, "kernel", lambda factors: None)
 
 
 @pytest.mark.usefixtures("steps")
@@ -153,27 +152,33 @@ def test_the_same_inputs_give_the_same_bits(products: torch.dtype) -> None:
         assert torch.equal(second[name], tensor), name
 
 
-@pytest.mark.skipif(kernel.library() is None, reason="no compiler here, or no AVX512-BF16")
-def test_compiled_steps_of_a_lane_depend_on_neither_threads_nor_other_lanes() -> None:
+def compiled(products: torch.dtype) -> kernel.Kernel:
+    found = kernel.kernel(products)
+    if found is None:
+        assert products is torch.bfloat16
+        pytest.skip("this processor has no AVX512-BF16, or AMX")
+    return found
+
+
+@pytest.mark.parametrize("products", TOLERANCES)
+def test_compiled_steps_of_a_lane_depend_on_neither_threads_nor_other_lanes(products: torch.dtype) -> None:
     T, B, H = 9, 21, 64
     torch.manual_seed(0)
-    into_TB3H, weight_3HH = torch.randn(T, B, 3 * H).bfloat16(), torch.randn(3 * H, H).bfloat16() / 8
+    into_TB3H, weight_3HH = torch.randn(T, B, 3 * H).to(products), (torch.randn(3 * H, H) / 8).to(products)
     bias_4H, h_BH, d_out_TBH = torch.randn(4 * H), torch.randn(B, H), torch.randn(T, B, H)
+    steps = compiled(products)
 
     def computed(lanes: slice, threads: int) -> list[Tensor]:
         states_TBH = torch.empty(T + 1, B, H)[:, lanes].contiguous()
         states_TBH[0] = h_BH[lanes]
-        rounded_TBH, z_TBH = states_TBH.bfloat16(), torch.empty_like(states_TBH[1:])
-        nrs_TB3H, d_gates_TB4H = (z_TBH.bfloat16().repeat(1, 1, times) for times in (3, 4))
+        factors_TBH, z_TBH = states_TBH.to(products), torch.empty_like(states_TBH[1:])
+        nrs_TB3H, d_gates_TB4H = (z_TBH.to(products).repeat(1, 1, times) for times in (3, 4))
+        into, d_out = into_TB3H[:, lanes].contiguous(), d_out_TBH[:, lanes].contiguous()
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            kernel.forward(
-                into_TB3H[:, lanes].contiguous(), bias_4H, weight_3HH, states_TBH, rounded_TBH, nrs_TB3H, z_TBH
-            )
-            d_h_BH = kernel.backward(
-                d_out_TBH[:, lanes].contiguous(), nrs_TB3H, z_TBH, states_TBH, weight_3HH, d_gates_TB4H
-            )
+            kernel.forward(steps, into, bias_4H, weight_3HH, states_TBH, factors_TBH, nrs_TB3H, z_TBH)
+            d_h_BH = kernel.backward(steps, d_out, nrs_TB3H, z_TBH, states_TBH, weight_3HH, d_gates_TB4H)
         finally:
             torch.set_num_threads(before)
         return [states_TBH[1:], d_gates_TB4H, d_h_BH.unsqueeze(0)]
@@ -184,28 +189,49 @@ def test_compiled_steps_of_a_lane_depend_on_neither_threads_nor_other_lanes() ->
             assert torch.equal(whole[:, lanes], part)
 
 
-def test_without_a_compiler_torch_computes_the_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("steps")
+@pytest.mark.parametrize("products", TOLERANCES)
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_seen_in_the_gradient(wrong: float, products: torch.dtype) -> None:
+    """Training stops by it. Gates hide an infinite input from the states, as they should."""
+    gru, _ = layer(8, 32, products, seed=0)
+    x_TBE, h_BH = (tensor.float() for tensor in draw((5, 3, 8, 32), seed=0))
+    x_TBE[2, 1, 3] = wrong
+    gradients = torch.autograd.grad(gru(x_TBE, h_BH)[0].sum(), list(gru.parameters()))
+    assert not all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_large_sums_saturate_the_gates() -> None:
+    x_TBE, h_BH = torch.tensor([-1e30, -200.0, 200.0, 1e30]).view(1, 4, 1), torch.full((4, 32), 0.5)
+    gru, _ = layer(1, 32, torch.float32, seed=0)
+    with torch.no_grad():
+        gru.gru.weight_ih_l0.fill_(1)
+    states_BH = gru(x_TBE, h_BH)[1]
+    torch.testing.assert_close(states_BH, torch.tensor([[-1.0], [-1.0], [0.5], [0.5]]).expand(4, 32))
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_torch_computes_the_steps(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(kernel, "COMPILE", ["no-such-compiler"])
-    assert kernel.library.__wrapped__() is None
-    monkeypatch.setattr(kernel, "COMPILE", ["false"])
-    assert kernel.library.__wrapped__() is None
+    monkeypatch.setattr(kernel, "COMPILE", [compiler])
+    assert kernel.kernel.__wrapped__(torch.float32) is None
 
 
-@pytest.mark.skipif(kernel.library() is None, reason="no compiler here, or no AVX512-BF16")
 def test_it_is_compiled_once_and_also_where_the_home_is_read_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert kernel.library.__wrapped__() is not None
+    assert kernel.kernel.__wrapped__(torch.float32) is not None
     [made] = tmp_path.rglob("*.so")
     with monkeypatch.context() as patch:
         patch.setattr(kernel.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-        assert kernel.library.__wrapped__() is not None
+        assert kernel.kernel.__wrapped__(torch.float32) is not None
     assert list(made.parent.iterdir()) == [made]
     (tmp_path / "file").touch()
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    assert kernel.library.__wrapped__() is not None
+    assert kernel.kernel.__wrapped__(torch.float32) is not None
 
 
 @pytest.mark.parametrize("products", TOLERANCES)
