@@ -62,7 +62,7 @@ def kernel(factors: torch.dtype) -> Kernel | None:
                 raise OSError("bf16 is multiplied by AVX512-BF16 where there is no AMX")  # which torch uses
             flags.append("-DBF16")
         library = ctypes.CDLL(str(_compiled(flags, processor)))
-    except (OSError, subprocess.SubprocessError) as reason:
+    except OSError as reason:
         log.info("torch computes the recurrence in %s, which is slower than recurrence.c: %s", factors, reason)
         return None
     return Kernel(library, *(ctypes.c_int64.in_dll(library, name).value for name in ("width", "units")))
@@ -85,7 +85,10 @@ def _compiled(flags: list[str], processor: str) -> Path:
     path = directory / f"recurrence-{name}.so"
     if not path.exists():
         draft = path.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, str(draft)], check=True, capture_output=True, text=True)
+        done = subprocess.run([*command, str(draft)], capture_output=True, text=True)
+        if done.returncode:
+            draft.unlink(missing_ok=True)
+            raise OSError(f"{COMPILE[0]} ended with status {done.returncode}: {done.stderr.strip()}")
         draft.rename(path)
     return path
 

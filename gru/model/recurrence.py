@@ -61,8 +61,8 @@ class Recurrence(torch.autograd.Function):
 
     One product before the time steps and three after them take all of their rows at once; the steps themselves are
     kernel.py's where there is one, else torch's. `products` is the type that the factors of matrix products are rounded
-    to; states, gates and sums are computed in the type of x. It can be run backwards only once: what was kept for that
-    is then written over.
+    to; states, gates and sums are computed in the type of x. It can be run backwards only once: the buffers that were
+    kept for that are then given back.
     """
 
     @staticmethod

@@ -210,13 +210,24 @@ def test_large_sums_saturate_the_gates() -> None:
     torch.testing.assert_close(states_BH, torch.tensor([[-1.0], [-1.0], [0.5], [0.5]]).expand(4, 32))
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_torch_computes_the_steps(
-    compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [(["no-such-compiler"], "No such file or directory: 'no-such-compiler'"), (["cc", "--wrong"], "--wrong")],
+)
+def test_without_a_compiler_torch_computes_the_steps_and_the_log_says_why(
+    command: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(kernel, "COMPILE", [compiler])
-    assert kernel.kernel.__wrapped__(torch.float32) is None
+    monkeypatch.setattr(kernel, "COMPILE", command)
+    with caplog.at_level("INFO"):
+        assert kernel.kernel.__wrapped__(torch.float32) is None
+    assert "torch computes the recurrence" in caplog.text
+    assert says in caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_it_is_compiled_once_and_also_where_the_home_is_read_only(
