@@ -7,7 +7,7 @@ processes. The server is MLflow's own tracking URI (MLFLOW_TRACKING_URI). Knows 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,7 +16,6 @@ from gru.errors import Stopped
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 KEY_TAG = "gru.key"
 LOSS = "train/loss"  # every point has it, so it tells which steps have been logged
@@ -135,13 +134,20 @@ class Run:
         self.client.log_figure(self.id, figure, "context.png")
         self.client.log_dict(self.id, {"losses": losses, **scale}, "context.json")
 
-    def watch_system(self) -> "SystemMetricsMonitor":
-        """Log this machine's metrics, until what is returned is finished."""
+    def watch_system(self) -> Callable[[], None]:
+        """Log this machine's metrics until what is returned is called, and then once more: a short run has some too."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(self.id, resume_logging=True)
         monitor.start()
-        return monitor
+
+        def stop() -> None:
+            monitor.finish()
+            monitor.collect_metrics()
+            monitor.publish_metrics(monitor.aggregate_metrics())
+            monitor.mlflow_logger.flush()
+
+        return stop
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():

@@ -4,16 +4,14 @@ A training step is thousands of small operations, each of which waits for the in
 the process runs Python; importing MLflow alone would be seconds of that.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gru import tracking
-
-if TYPE_CHECKING:
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 
 class Scribe:
@@ -22,17 +20,17 @@ class Scribe:
     def __init__(self, uri: str, run_id: str) -> None:
         self._uri, self._run_id = uri, run_id
         self._run: tracking.Run | None = None
-        self._monitor: SystemMetricsMonitor | None = None
+        self._stop_watching: Callable[[], None] | None = None
 
     def log(self, points: list[tracking.Point]) -> None:
         if self._run is None:
             self._run = tracking.open_metrics(self._uri, self._run_id)
-            self._monitor = self._run.watch_system()
+            self._stop_watching = self._run.watch_system()
         self._run.log_points(points)
 
     def close(self) -> None:
-        if self._monitor:
-            self._monitor.finish()
+        if self._stop_watching:
+            self._stop_watching()
 
 
 def hire(uri: str, run_id: str) -> ActorHandle:

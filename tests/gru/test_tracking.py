@@ -75,3 +75,10 @@ def test_points_that_could_not_be_logged_are_logged_later(mlflow_store: str) -> 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     run.log_points(points(3, 4, 5))
     assert [step for step, _ in run.history("train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_even_a_short_run_has_metrics_of_the_machine(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "train")
+    stop = run.watch_system()
+    stop()
+    assert "system/cpu_utilization_percentage" in run.client.get_run(run.id).data.metrics
