@@ -26,6 +26,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.prepare
 	$(BIN)/python -m tests.benchmarks.model
 	$(BIN)/python -m tests.benchmarks.training
+	$(BIN)/python -m tests.benchmarks.serving
 
 clean:
 	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -201,14 +201,55 @@ class RegistryConfig(Section):
     experiment: Name | None = Field(None, description="MLflow experiment; the pipeline's name where absent.")
 
 
+class CanaryConfig(Section):
+    alias: Name = Field("challenger", description="Which other version of the model takes a share of the requests.")
+    share: Share = Field(
+        0.0, description="Share of the requests that it takes, those of a session always or never; 0: it is not loaded."
+    )
+
+
 class ServeConfig(Section):
     host: str = Field("127.0.0.1", description="Address that the endpoint binds to.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port of the endpoint.")
-    replicas: PositiveInt = Field(1, description="Processes that serve.")
+    replicas: PositiveInt = Field(1, description="Processes that serve; with `max_replicas` the fewest.")
+    max_replicas: PositiveInt | None = Field(
+        None, description="Most processes that serve, where their number follows the tokens in flight."
+    )
+    tokens_per_replica: PositiveInt = Field(
+        20_000, description="Tokens in flight, asked for and not made yet, from which there is another replica."
+    )
     slots: Annotated[int, Field(ge=4)] = Field(32, description="Streams that one replica steps together.")
     max_queue: PositiveInt = Field(256, description="Requests that wait for a slot before others are refused (429).")
+    max_tokens_in_flight: PositiveInt = Field(
+        4_000_000, description="Tokens that the requests of a replica may come to before others are refused (429)."
+    )
     max_tokens: PositiveInt = Field(4096, description="Most tokens that one request may ask for.")
+    max_prompt_tokens: PositiveInt = Field(200_000, description="Most tokens of a prompt.")
+    max_body_bytes: PositiveInt = Field(
+        8 << 20, description="Largest body of a request; larger ones are refused (413)."
+    )
+    request_seconds: Annotated[float, Field(gt=0)] = Field(
+        600, description="Longest time that a request may take; then it ends with an error (503)."
+    )
+    cache_bytes: Annotated[int, Field(ge=0)] = Field(
+        64 << 20, description="Memory of a replica for states of sessions and of beginnings of prompts."
+    )
+    keys: str | None = Field(
+        None, description="File of API keys, made by `gru key`, without one of which nothing is generated."
+    )
+    chat_template: Annotated[str, Field(pattern=r"^[^{}]*(\{role\}[^{}]*)?\{content\}[^{}]*$")] = Field(
+        "{role}:\n{content}\n\n",
+        description="How each message of a chat becomes text. The answer is written where the next `content` would be, "
+        "and ends with what comes after it.",
+    )
     poll_seconds: Annotated[float, Field(gt=0)] = Field(5, description="Time between two looks at `@champion`.")
+    canary: CanaryConfig = CanaryConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> "ServeConfig":
+        if self.max_replicas and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas = {self.max_replicas} is below replicas = {self.replicas}")
+        return self
 
 
 class PipelineConfig(Section):

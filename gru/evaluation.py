@@ -25,7 +25,7 @@ from gru.corpus.tokenizer import Tokenizer
 from gru.model.language_model import GRULanguageModel
 from gru.model.transformer import Transformer
 from gru.ngram import NGramModel
-from gru.serving.engine import Engine, Finish
+from gru.serving.engine import Engine, Finish, Request
 from gru.serving.sampling import GREEDY, SamplingParams
 
 WINDOW = 256
@@ -216,7 +216,7 @@ def _window_losses(
     x_TBE, state_LBH = model.features(inputs, state_LBH)
     rows = max(1, LOGITS // model.vocab_size)
     losses = [
-        F.cross_entropy(F.linear(x, model.embedding.weight, model.output_bias), aims, reduction="none")
+        F.cross_entropy(model.logits(x), aims, reduction="none")
         for x, aims in zip(x_TBE.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     ]
     return torch.cat(losses).view(targets.shape).float().cpu().numpy(), state_LBH
@@ -240,7 +240,7 @@ def sample_ids(
         for each in params:
             ids: list[int] = []
             done: Future[None] = Future()
-            engine.submit(tokenizer.encode(prompt).tolist(), each, tokens, _collector(ids, done))
+            engine.submit(Request(tokenizer.encode(prompt).tolist(), each, tokens, _collector(ids, done)))
             pending.append((ids, done))
         for _, done in pending:
             done.result()

@@ -190,11 +190,16 @@ def resolve(name: str, alias: str) -> Version | None:
 
 def fetch_bundle(version: Version, directory: Path) -> Bundle:
     """Download a version's bundle into a local directory and load it. Raises DamagedFiles."""
+    return load_bundle(download_bundle(version, directory))
+
+
+def download_bundle(version: Version, directory: Path) -> Path:
+    """Where it lies afterwards, below a local directory."""
     import mlflow
 
     uri = f"models:/{version.name}/{version.version}"
     local = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(directory))
-    return load_bundle(Path(local) / "artifacts" / "bundle")
+    return Path(local) / "artifacts" / "bundle"
 
 
 def _version(entity: "ModelVersion") -> Version:

@@ -187,14 +187,18 @@ def is_finished(experiment: str, key: str) -> bool:
 
 
 def open_metrics(uri: str, run_id: str) -> Run:
-    """A run of the server at `uri`, for metrics that are logged again later if it does not answer: it is given up
-    after seconds, not MLflow's minutes."""
+    """A run of the server at `uri`, for metrics that are logged again later if it does not answer."""
+    connect_impatiently(uri)
+    return find_run(run_id)
+
+
+def connect_impatiently(uri: str) -> None:
+    """Have this process use the server at `uri`, which is given up after seconds, not MLflow's minutes."""
     import mlflow
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     mlflow.set_tracking_uri(uri)
-    return find_run(run_id)
 
 
 def find_run(run_id: str) -> Run:

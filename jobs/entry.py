@@ -51,12 +51,13 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
     home = os.environ.get(HOME_VARIABLE) or str(Path.cwd())
     config = configuration.load(path, overrides)
     sources = [s if s in configuration.BUILT_IN_SOURCES else storage.absolute(s, home) for s in config.corpus.sources]
-    tokenizer = config.tokenizer.path and storage.absolute(config.tokenizer.path, home)
+    tokenizer, keys = (path and storage.absolute(path, home) for path in (config.tokenizer.path, config.serve.keys))
     return config.model_copy(
         update={
             "storage": storage.absolute(config.storage, home),
             "corpus": config.corpus.model_copy(update={"sources": sources}),
             "tokenizer": config.tokenizer.model_copy(update={"path": tokenizer}),
+            "serve": config.serve.model_copy(update={"keys": keys}),
         }
     )
 

@@ -63,11 +63,11 @@ class Service(Stage):
 
     def result(self) -> Result | None:
         try:
-            with urllib.request.urlopen(f"{self.path}/v1/models", timeout=3) as response:
-                served = json.load(response)["data"][0]
-        except (OSError, ValueError, LookupError):
+            with urllib.request.urlopen(f"{self.path}/ready", timeout=3) as response:
+                served = json.load(response)
+        except (OSError, ValueError):
             return None
-        if (served["id"], served["version"], served.get("settings")) != (self.model, self.version, self.settings):
+        if [served.get(key) for key in ("model", "version", "settings")] != [self.model, self.version, self.settings]:
             return None
         return {"stage": self.name, "endpoint": self.path, "model": self.model, "version": self.version}
 

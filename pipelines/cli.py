@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipelines.stack import Stack
 
 
+KEY_VARIABLE = "GRU_API_KEY"
 ENDS = (signal.SIGTERM, signal.SIGHUP)  # as Ctrl-C
 
 
@@ -66,13 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument("storage", nargs="?", default="./store", help="the storage that it was started for (./store)")
     down.set_defaults(command=_down)
 
-    generate = commands.add_parser("generate", help="let the endpoint write")
+    generate = commands.add_parser("generate", help=f"let the endpoint write; its key, if it wants one: {KEY_VARIABLE}")
     entry.add_config_arguments(generate)
     generate.add_argument("prompt", help="what the text begins with")
     generate.add_argument("--max-tokens", type=int, default=200)
     generate.add_argument("--temperature", type=float, default=0.8)
     generate.add_argument("--seed", type=int)
     generate.set_defaults(command=_generate)
+
+    key = commands.add_parser("key", help="make an API key for the endpoint")
+    key.add_argument("owner", help="who it is for; requests are logged under this name")
+    key.set_defaults(command=_key)
 
     rollback = commands.add_parser("rollback", help="give @champion back to the version that had it before")
     entry.add_config_arguments(rollback)
@@ -170,9 +175,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "stream": True,
     }
-    request = urllib.request.Request(
-        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(KEY_VARIABLE):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             print(arguments.prompt, end="", flush=True)
@@ -185,9 +191,19 @@ def _generate(arguments: argparse.Namespace) -> None:
                     print(event["choices"][0]["text"], end="", flush=True)
             print()
     except urllib.error.HTTPError as error:
-        raise UserError(f"{address}: status {error.code}: {error.read().decode(errors='replace')[:500]}") from None
+        hint = f" (its key is taken from {KEY_VARIABLE})" if error.code == 401 else ""
+        said = error.read().decode(errors="replace")[:500]
+        raise UserError(f"{address}: status {error.code}: {said}{hint}") from None
     except OSError as error:
         raise UserError(f"{address} does not answer ({error}): `gru run` starts it") from None
+
+
+def _key(arguments: argparse.Namespace) -> None:
+    from gru.serving.access import new_key
+
+    key, line = new_key(arguments.owner)
+    print("the key, which is shown this once, and its line for the file that serve.keys names:", file=sys.stderr)
+    print(f"{key}\n{line}")
 
 
 def _rollback(arguments: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ PLAIN = [
     "gru/ngram.py",
     "gru/serving/engine.py",
     "gru/serving/sampling.py",
+    "gru/serving/states.py",
     "gru/serving/text.py",
     "gru/training/learner.py",
     "gru/training/checkpoint.py",

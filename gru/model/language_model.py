@@ -75,7 +75,11 @@ class GRULanguageModel(nn.Module):
         tokens_TB: integer ids below V.
         """
         x_TBE, state_LBH = self.features(tokens_TB, state_LBH)
-        return F.linear(x_TBE, self.embedding.weight, self.output_bias), state_LBH
+        return self.logits(x_TBE), state_LBH
+
+    def logits(self, x_TBE: Tensor) -> Tensor:
+        """Of the next token [..., V], from what `features` gives."""
+        return F.linear(x_TBE, self.embedding.weight, self.output_bias)
 
     def loss(
         self,

@@ -1,114 +1,52 @@
-"""The OpenAI-compatible HTTP interface of an engine: a FastAPI app. It knows neither Ray nor the registry.
+"""The OpenAI-compatible HTTP interface of the models that answer: a FastAPI app. It knows neither Ray nor the registry.
 
-Reference: https://platform.openai.com/docs/api-reference/completions. What can be ignored without changing the
-text is ignored; what cannot is refused.
+Reference: https://platform.openai.com/docs/api-reference.
 """
 
 import asyncio
-import json
+import hashlib
 import math
-import secrets
-import time
-import uuid
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
-from gru.serving.engine import Closed, Engine, Finish, Overloaded, Receiver
-from gru.serving.engine import Request as EngineRequest
-from gru.serving.sampling import SamplingParams, choice_seed
-from gru.serving.text import TextStream
+from gru.config import ServeConfig, content_key
+from gru.serving.access import Gate, Keys
+from gru.serving.engine import Closed
+from gru.serving.formats import ChatFormat, CompletionFormat, Format
+from gru.serving.generation import Generation, Order, Prompt, Relay, Served, deadline, failure
+from gru.serving.metrics import Metrics
+from gru.serving.protocol import (
+    EXPECTED,
+    ApiError,
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    TextRequest,
+    refuse_unsupported,
+)
+from gru.serving.reply import EventStream, Reply, whole
+from gru.serving.sampling import SamplingParams
 
-if TYPE_CHECKING:
-    from gru.registry import Bundle, Version
+AT_ONCE = 20_000  # characters that are tokenized at once; more would hold up the other requests
 
-CHUNK_SECONDS = 0.05  # between two chunks of a stream: each costs the proxies more than the token costs us
-STALL_SECONDS = 30  # an engine that has not turned for so long is ill
-MAX_PROMPT = 1_000_000  # characters
-UNSUPPORTED = ("suffix", "logprobs", "logit_bias", "presence_penalty", "frequency_penalty")
-EXPECTED = {
-    "prompt": "expected a string or a list of strings, not token ids",
-    "stop": "expected a string or a list of at most 16 strings, each of 1 to 256 characters",
-}
-
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-@dataclass(frozen=True)
-class Served:
-    """The model that answers now."""
-
-    engine: Engine
-    bundle: "Bundle"
-    version: "Version"
-
-    @property
-    def healthy(self) -> bool:
-        return time.monotonic() - self.engine.heartbeat < STALL_SECONDS
+Provider = Callable[[], Sequence[Served]]
 
 
-Provider = Callable[[], Served | None]
-
-
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class CompletionRequest(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    prompt: str | Annotated[list[str], Field(min_length=1)]
-    model: str | None = None
-    max_tokens: int = Field(16, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_k: int = Field(0, ge=-1)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
-    n: int = Field(1, ge=1, le=128)
-    echo: bool = False
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-
-    @model_validator(mode="before")
-    @classmethod
-    def without_nulls(cls, fields: Any) -> Any:
-        """OpenAI's clients send null for the default."""
-        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
-
-
-class ApiError(Exception):
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        kind = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-        self.status = status
-        self.content = {
-            "error": {
-                "message": message,
-                "type": kind.get(status, "invalid_request_error"),
-                "param": param,
-                "code": code,
-            }
-        }
-
-    def response(self) -> JSONResponse:
-        headers = {"Retry-After": "1"} if self.status in (429, 503) else None
-        return JSONResponse(self.content, self.status, headers)
-
-
-def create_app(provider: Provider, max_tokens: int, settings: str = "") -> FastAPI:
-    """The app; each request goes to the model that `provider` returns when it arrives. `settings` names the
-    configuration that it runs with, and is shown with the model."""
-    app = FastAPI(title="GRU text generation")
-    relays: dict[str, Relay] = {}
+def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None = None) -> FastAPI:
+    """The app. `provider` returns the models that answer now: the first is the one that requests go to which name no
+    other; the canary's share goes to the one with its alias."""
+    app = FastAPI(title="GRU text generation", docs_url=None, redoc_url=None)  # their pages come from elsewhere
+    metrics = metrics or Metrics(provider)
+    keys = Keys(config.keys) if config.keys else None
+    app.add_middleware(Gate, keys=keys, max_body=config.max_body_bytes, metrics=metrics)
+    settings = content_key(config)
+    answers = Answers(provider, config, metrics)
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> Response:
@@ -133,40 +71,93 @@ def create_app(provider: Provider, max_tokens: int, settings: str = "") -> FastA
     async def fail(request: Request, error: Exception) -> Response:
         return ApiError(500, "internal error").response()
 
-    def current() -> Served:
-        served = provider()
-        if served is None:
-            raise ApiError(503, "no model is loaded yet", code="no_model")
-        return served
-
     @app.get("/health")
     async def health() -> Response:
-        served = current()
-        if not served.healthy:
+        """Whether this replica should go on living."""
+        ill = [served.version.version for served in provider() if not served.healthy]
+        if ill:
+            raise ApiError(503, f"the engine of version {ill[0]} does not respond", code="unhealthy")
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Whether it can answer, with what."""
+        models = provider()
+        if not models:
+            raise ApiError(503, "no model is loaded yet", code="no_model")
+        if not models[0].healthy:
             raise ApiError(503, "the engine does not respond", code="unhealthy")
-        return JSONResponse({"status": "ok", "active": served.engine.active, "waiting": served.engine.waiting})
+        version = models[0].version
+        told = {"status": "ready", "model": version.name, "version": version.version, "settings": settings}
+        return JSONResponse(told)
+
+    @app.get("/metrics")
+    async def measured() -> Response:
+        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/v1/models")
     async def models() -> Response:
-        served = provider()
-        return JSONResponse({"object": "list", "data": [describe(served) | {"settings": settings}] if served else []})
+        return JSONResponse({"object": "list", "data": [describe(served) for served in provider()]})
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        return JSONResponse(describe(choose(provider(), name, config, None)))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        served = current()
-        check(body, served, max_tokens)
-        loop = asyncio.get_running_loop()
-        if "relay" not in relays or relays["relay"].loop is not loop:
-            relays["relay"] = Relay(loop)
-        try:
-            completion = Completion(served, body, relays["relay"])
-        except Closed:  # a new model has just taken over
-            completion = Completion(current(), body, relays["relay"])
-        if body.stream:
-            return EventStream(completion, include_usage=body.stream_options.include_usage)
-        return await whole(completion, request)
+        return await answers.to(body, body.asked(), CompletionFormat(body.logprobs is not None), request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await answers.to(body, body.asked(config.chat_template), ChatFormat(body.logprobs), request)
 
     return app
+
+
+class Answers:
+    """What the models say to requests for text."""
+
+    def __init__(self, provider: Provider, config: ServeConfig, metrics: Metrics) -> None:
+        self._provider, self._config, self._metrics = provider, config, metrics
+        self._relays: dict[asyncio.AbstractEventLoop, Relay] = {}
+
+    async def to(self, body: TextRequest, asked: Asked, made: Format, request: Request) -> Response:
+        """Raises ApiError, or Closed."""
+        until = deadline(self._config.request_seconds)
+        refuse_unsupported(body)
+        asked.refuse(body, self._config)
+        sticky = body.session_id or request.headers.get("x-session-id") or body.user
+        while True:
+            served = choose(self._provider(), body.model, self._config, sticky)
+            order = Order(
+                prompts=await tokenize(served, asked, self._config.max_prompt_tokens),
+                params=sampling_params(body, served.bundle.tokenizer.vocab_size),
+                seeded=body.seed is not None,
+                n=body.n,
+                max_tokens=asked.max_tokens,
+                stops=asked.stops,
+                echo=asked.echo,
+                top_logprobs=asked.top_logprobs,
+                deadline=until,
+                owner=request.state.owner,
+                session=body.session_id,
+            )
+            refuse_what_never_fits(order, served)
+            try:
+                generation = Generation(served, order, self._relay())
+                break
+            except Closed:
+                if served in self._provider():
+                    raise
+                # else a new model has just taken over
+        reply = Reply(generation, made, body, request, self._metrics)
+        if body.stream:
+            return EventStream(reply, body.stream_options.include_usage)
+        return await whole(reply, request)
+
+    def _relay(self) -> Relay:
+        loop = asyncio.get_running_loop()
+        return self._relays.setdefault(loop, Relay(loop))
 
 
 def describe(served: Served) -> dict[str, Any]:
@@ -177,234 +168,70 @@ def describe(served: Served) -> dict[str, Any]:
         "created": version.created,
         "owned_by": "gru",
         "version": version.version,
+        "alias": served.alias,
         "run_id": version.run_id,
         "bits_per_byte": version.bits_per_byte if math.isfinite(version.bits_per_byte) else None,
         "digest": served.bundle.digest,
     }
 
 
-def check(body: CompletionRequest, served: Served, max_tokens: int) -> None:
-    """What the types cannot tell. Raises ApiError."""
-    name = served.version.name
-    if body.model not in (None, name, f"{name}:{served.version.version}", f"{name}@champion"):
-        message = f"the model {body.model!a} does not exist; {name!a} is served here"
-        raise ApiError(404, message, "model", "model_not_found")
-    if body.max_tokens > max_tokens:
-        raise ApiError(400, f"max_tokens: at most {max_tokens} here", "max_tokens")
-    extra = body.model_extra or {}
-    for field in UNSUPPORTED:
-        if extra.get(field):
-            raise ApiError(400, f"{field}: not supported", field, "unsupported_parameter")
-    if extra.get("best_of") not in (None, body.n):
-        raise ApiError(400, "best_of: not supported", "best_of", "unsupported_parameter")
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    if len(prompts) * body.n > served.engine.capacity:
-        raise ApiError(400, f"prompts x n: at most {served.engine.capacity} texts in one request", "n")
-    for prompt in prompts:
-        if len(prompt) > MAX_PROMPT:
-            raise ApiError(400, f"prompt: at most {MAX_PROMPT} characters", "prompt")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ApiError(400, "prompt: half of a surrogate pair is not text", "prompt") from None
+def choose(models: Sequence[Served], name: str | None, config: ServeConfig, sticky: str | None) -> Served:
+    """The model that a request goes to: NAME, NAME@ALIAS or NAME:VERSION. Where it names neither, the canary has its
+    share, in which `sticky` requests are always or never. Raises ApiError."""
+    if not models:
+        raise ApiError(503, "no model is loaded yet", code="no_model")
+    first = models[0]
+    if name in (None, first.version.name):
+        canary = next((each for each in models[1:] if each.alias == config.canary.alias), None)
+        return canary if canary and place(sticky) < config.canary.share else first
+    for each in models:
+        if name in (f"{each.version.name}@{each.alias}", f"{each.version.name}:{each.version.version}"):
+            return each
+    known = ", ".join(repr(f"{each.version.name}@{each.alias}") for each in models)
+    message = f"the model {name!a} does not exist; served here: {first.version.name!r}, {known}"
+    raise ApiError(404, message, "model", "model_not_found")
 
 
-class Relay:
-    """Carries calls from the engine's thread to an event loop: those of a step with one wake-up."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._calls: deque[Callable[[], None]] = deque()
-        self._woken = False
-
-    def call(self, function: Callable[[], None]) -> None:
-        self._calls.append(function)
-        if not self._woken:
-            self._woken = True
-            self.loop.call_soon_threadsafe(self._run)
-
-    def _run(self) -> None:
-        self._woken = False  # first: a call appended from here on either runs below or wakes again
-        while self._calls:
-            self._calls.popleft()()
+def place(sticky: str | None) -> float:
+    """Between 0 and 1: always the same for the same text, and random without one."""
+    if sticky is None:
+        return random.random()
+    return int.from_bytes(hashlib.blake2b(sticky.encode(errors="replace"), digest_size=8).digest()) / 2**64
 
 
-class Choice:
-    """One text in the making. Lives on the event loop."""
+async def tokenize(served: Served, asked: Asked, most: int) -> list[Prompt]:
+    """Raises ApiError if one is too long."""
+    encode = served.bundle.tokenizer.encode
 
-    def __init__(self, index: int, text: TextStream, unsent: str) -> None:
-        self.index = index
-        self.unsent = unsent
-        self.tokens = 0
-        self.finish: Finish | Exception | None = None
-        self.sent_finish = False
-        self._text = text
+    def all_of_them() -> list[Prompt]:
+        return [Prompt(prompt, encode(prompt).tolist()) for prompt in asked.prompts]
 
-    def receive(self, token: int | None, end: Finish | Exception | None) -> None:
-        if self.finish is not None:
-            return  # made before the engine heard of the stop string
-        if token is not None:
-            self.tokens += 1
-            self.unsent += self._text.feed(token)
-        if end is not None:
-            self.unsent += self._text.finish()
-        self.finish = "stop" if self._text.stopped else end
-
-    def take(self) -> dict[str, Any]:
-        """The new part of the text, as OpenAI has it."""
-        text, self.unsent, self.sent_finish = self.unsent, "", self.finish is not None
-        return {"index": self.index, "text": text, "logprobs": None, "finish_reason": self.finish}
+    long = sum(map(len, asked.prompts)) > AT_ONCE
+    found = await asyncio.to_thread(all_of_them) if long else all_of_them()
+    longest = max(len(prompt.tokens) for prompt in found)
+    if longest > most:
+        raise ApiError(400, f"{asked.param}: {longest:,} tokens; at most {most:,} here", asked.param)
+    return found
 
 
-class Completion:
-    """One HTTP request: its choices, and when to send what they have."""
-
-    def __init__(self, served: Served, body: CompletionRequest, relay: Relay) -> None:
-        """Submits everything. Raises ApiError (429), or Closed."""
-        self._engine = served.engine
-        self._loop = relay.loop
-        self._changed = asyncio.Event()
-        self._due = 0.0  # when the next chunk may go
-        self._timer: asyncio.TimerHandle | None = None
-        self._requests: list[EngineRequest] = []
-        self.choices: list[Choice] = []
-        self.prompt_tokens = 0
-        self.head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": served.version.name,
-            "system_fingerprint": served.bundle.digest,
-        }
-        stops = [body.stop] if isinstance(body.stop, str) else body.stop
-        tokenizer = served.bundle.tokenizer
-        try:
-            for prompt in [body.prompt] if isinstance(body.prompt, str) else body.prompt:
-                seed = secrets.randbits(63) if body.seed is None else body.seed
-                tokens = tokenizer.encode(prompt).tolist()
-                self.prompt_tokens += len(tokens)
-                for n in range(body.n):
-                    text = TextStream(tokenizer.token_bytes, stops)
-                    choice = Choice(len(self.choices), text, prompt if body.echo else "")
-                    self.choices.append(choice)
-                    params = SamplingParams(choice_seed(seed, n), body.temperature, max(body.top_k, 0), body.top_p)
-                    receiver = self._receiver(choice, relay)
-                    self._requests.append(self._engine.submit(tokens, params, body.max_tokens, receiver))
-        except BaseException as error:
-            self.cancel()
-            if isinstance(error, Overloaded):
-                raise ApiError(429, f"overloaded: {error}; try again later", code="overloaded") from None
-            raise
-
-    def cancel(self) -> None:
-        for request in self._requests:
-            self._engine.cancel(request)
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens of the prompts and of the texts, up to a stop string; marks of a document's ends not counted."""
-        made = sum(choice.tokens for choice in self.choices)
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": made,
-            "total_tokens": self.prompt_tokens + made,
-        }
-
-    async def parts(self) -> AsyncIterator[list[dict[str, Any]]]:
-        """New parts of choices: at once for the first time, then no more often than CHUNK_SECONDS, except that
-        an end does not wait. Raises what ended the engine."""
-        while not all(choice.sent_finish for choice in self.choices):
-            await self._changed.wait()
-            self._changed.clear()
-            if self._timer:
-                self._timer.cancel()
-                self._timer = None
-            for choice in self.choices:
-                if isinstance(choice.finish, Exception):
-                    raise choice.finish
-            ready = [c for c in self.choices if c.unsent or (c.finish and not c.sent_finish)]
-            if ready:
-                self._due = self._loop.time() + CHUNK_SECONDS
-                yield [choice.take() for choice in ready]
-
-    def _receiver(self, choice: Choice, relay: Relay) -> Receiver:
-        """What the engine's thread calls: it only passes the token on to the event loop."""
-        index = len(self._requests)
-
-        def receive(token: int | None, end: Finish | Exception | None) -> None:
-            choice.receive(token, end)
-            if choice.finish is not None and end is None:  # a stop string
-                self._engine.cancel(self._requests[index])
-            if choice.finish is not None or self._loop.time() >= self._due:
-                self._changed.set()
-            elif self._timer is None:
-                self._timer = self._loop.call_at(self._due, self._changed.set)
-
-        return lambda token, end: relay.call(lambda: receive(token, end))
+def sampling_params(body: TextRequest, vocab_size: int) -> SamplingParams:
+    return SamplingParams(
+        seed=body.seed or 0,
+        temperature=body.temperature,
+        top_k=max(body.top_k, 0),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=body.bias(vocab_size),
+    )
 
 
-async def whole(completion: Completion, request: Request) -> Response:
-    """Everything in one answer; a client that leaves ends it."""
-
-    async def collect() -> list[dict[str, Any]]:
-        choices: dict[int, dict[str, Any]] = {}
-        async for parts in completion.parts():
-            for part in parts:
-                before = choices.get(part["index"], {"text": ""})["text"]
-                choices[part["index"]] = {**part, "text": before + part["text"]}
-        return [choices[index] for index in sorted(choices)]
-
-    async def leave() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(leave())
-    try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=499)  # nobody reads it
-        try:
-            choices = collecting.result()
-        except Exception as error:
-            raise failure(error) from error
-        return JSONResponse({**completion.head, "choices": choices, "usage": completion.usage})
-    finally:
-        collecting.cancel()
-        leaving.cancel()
-        completion.cancel()
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. Whatever ends it frees its slots, even before the first event."""
-
-    def __init__(self, completion: Completion, include_usage: bool) -> None:
-        self._completion = completion
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events(completion, include_usage), headers=headers, media_type="text/event-stream")
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._completion.cancel()
-
-
-async def events(completion: Completion, include_usage: bool) -> AsyncIterator[str]:
-    usage = {"usage": None} if include_usage else {}
-    try:
-        async for parts in completion.parts():
-            yield "".join(event({**completion.head, "choices": [part], **usage}) for part in parts)
-        if include_usage:
-            yield event({**completion.head, "choices": [], "usage": completion.usage})
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        yield event(failure(error).content)
-
-
-def event(content: dict[str, Any]) -> str:
-    # ASCII, for clients that take U+2028 and the like for the end of a line
-    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
-
-
-def failure(error: Exception) -> ApiError:
-    return ApiError(503 if isinstance(error, Closed) else 500, str(error))
+def refuse_what_never_fits(order: Order, served: Served) -> None:
+    engine, texts = served.engine, len(order.prompts) * order.n
+    if texts > engine.capacity:
+        raise ApiError(400, f"prompts x n: at most {engine.capacity} texts in one request", "n")
+    tokens = order.n * sum(len(prompt.tokens) + order.max_tokens for prompt in order.prompts)
+    if tokens > engine.max_tokens:
+        raise ApiError(400, f"prompts and max_tokens, x n: at most {engine.max_tokens:,} tokens here", "max_tokens")

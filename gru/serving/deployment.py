@@ -1,10 +1,8 @@
-"""The Ray Serve deployment: an engine and its HTTP interface per replica, following the registry's @champion."""
+"""The Ray Serve deployment: in each replica the models that the registry names, and their HTTP interface."""
 
 import json
 import logging
-import random
-import tempfile
-import threading
+import math
 import time
 import urllib.request
 from pathlib import Path
@@ -16,16 +14,19 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve._private import replica
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.context import _get_global_client
 
-from gru import registry
-from gru.config import ServeConfig, content_key
+from gru import registry, tracking
+from gru.config import ServeConfig
 from gru.errors import UserError
 from gru.network import require_free
-from gru.serving.api import Served, create_app
-from gru.serving.engine import Engine
+from gru.serving.access import Keys
+from gru.serving.api import create_app
+from gru.serving.lineup import Lineup
 
 APP = "gru"
+IN_FLIGHT = "tokens_in_flight"
 CPUS = 0.5  # logical: what is left on a small machine is for the other stages
 THREADS = 1  # a step is too small to share; the other cores are for HTTP, and for other replicas
 
@@ -33,46 +34,34 @@ log = logging.getLogger(__name__)
 
 
 class Generator:
-    """A replica. The model that answers is in `self._served`; a thread replaces it when @champion moves."""
+    """A replica: the models that the registry names, and their HTTP interface."""
 
     def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str) -> None:
         _stay_on_loopback()
+        _log_requests()
         torch.set_num_threads(THREADS)
-        mlflow.set_tracking_uri(tracking_uri)
+        tracking.connect_impatiently(tracking_uri)
         self._config = config
-        self._model_name = model_name
-        self._served: Served | None = None
-        self._follow()
-        threading.Thread(target=self._keep_following, name="gru-follow", daemon=True).start()
+        self._lineup = Lineup(config, model_name, Path.home() / ".cache" / "gru-pipeline" / "served")
+        self._lineup.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._served, self._config.max_tokens, content_key(self._config))
+        return create_app(lambda: self._lineup.models, self._config, self._lineup.metrics)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        return {IN_FLIGHT: float(sum(served.engine.tokens_in_flight for served in self._lineup.models))}
 
     def check_health(self) -> None:
-        if self._served is not None and not self._served.healthy:
+        if not all(served.healthy for served in self._lineup.models):
             raise RuntimeError("the engine does not respond")
 
-    def _follow(self) -> None:
-        """Take @champion into service unless it already is; the old engine finishes what it has begun."""
-        version = registry.resolve(self._model_name, registry.CHAMPION)
-        old = self._served
-        if version is None or (old is not None and old.version.version == version.version):
-            return
-        with tempfile.TemporaryDirectory(prefix="gru-bundle-") as directory:
-            bundle = registry.fetch_bundle(version, Path(directory))
-        engine = Engine(bundle.model, bundle.tokenizer.end_of_text, self._config.slots, self._config.max_queue)
-        self._served = Served(engine, bundle, version)
-        log.info("serving %s version %s", version.name, version.version)
-        if old is not None:
-            old.engine.close(drain=True)
 
-    def _keep_following(self) -> None:
-        while True:
-            time.sleep(self._config.poll_seconds * random.uniform(0.8, 1.2))  # replicas do not ask in step
-            try:
-                self._follow()
-            except Exception:
-                log.exception("cannot follow %s@%s; the present model stays", self._model_name, registry.CHAMPION)
+def _log_requests() -> None:
+    """Have the access log written where the replica's other output goes."""
+    access = logging.getLogger("gru.access")
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    access.handlers = [logging.StreamHandler()]
 
 
 def _stay_on_loopback() -> None:
@@ -91,17 +80,19 @@ def _stay_on_loopback() -> None:
 def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
     """Start Serve on the connected Ray cluster and put the endpoint up, or replace it; it outlives this process.
 
-    Returns when a replica is ready. Raises UserError if the model has no @champion, if the port is in use, or if
-    other applications are served at another address of this cluster.
+    Returns when a replica is ready. Raises UserError if the model has no @champion, if the port is in use, if the keys
+    cannot be read, or if other applications are served at another address of this cluster.
     """
     mlflow.set_tracking_uri(tracking_uri)
     if registry.resolve(model_name, registry.CHAMPION) is None:
         raise UserError(f"{model_name}: no version is @{registry.CHAMPION}; train and promote one first")
+    if config.keys:
+        Keys(config.keys)  # what is wrong with them is told here, not in each replica
     _move_to(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port})
     deployment = serve.deployment(
         name="Generator",
-        num_replicas=config.replicas,
+        **_scale(config),
         # Admission is the engine's business: Serve lets through what it takes, and some to be told 429.
         max_ongoing_requests=2 * (config.slots + config.max_queue) + 64,
         health_check_period_s=10,
@@ -110,6 +101,32 @@ def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
         ray_actor_options={"num_cpus": CPUS},
     )(serve.ingress()(Generator))
     serve.run(deployment.bind(config, model_name, tracking_uri), name=APP, route_prefix="/")
+
+
+def _scale(config: ServeConfig) -> dict[str, Any]:
+    """How many replicas, and which of them a request goes to: those of one x-session-id to the same.
+
+    The router is this one where there is one replica, too: the proxies keep the one that they began with."""
+    router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+    routed = {"request_router_config": RequestRouterConfig(request_router_class=router)}  # type: ignore[arg-type]
+    if config.max_replicas is None:
+        return {"num_replicas": config.replicas, **routed}
+    by = {"tokens_per_replica": config.tokens_per_replica}
+    policy = AutoscalingPolicy(policy_function=TokensInFlight, policy_kwargs=by)
+    bounds = {"min_replicas": config.replicas, "max_replicas": config.max_replicas}
+    delays = {"upscale_delay_s": 10, "downscale_delay_s": 300}  # a state is lost with its replica
+    return {"autoscaling_config": AutoscalingConfig(policy=policy, **bounds, **delays), **routed}
+
+
+class TokensInFlight:
+    """How many replicas are wanted, by the tokens that they have in flight; Serve keeps to the bounds and delays."""
+
+    def __init__(self, tokens_per_replica: int) -> None:
+        self._tokens_per_replica = tokens_per_replica
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        in_flight = (context.aggregated_metrics or {}).get(IN_FLIGHT, {})
+        return math.ceil(sum(in_flight.values()) / self._tokens_per_replica), {}
 
 
 def _move_to(host: str, port: int) -> None:
@@ -133,12 +150,11 @@ def wait_ready(url: str, version: str, timeout: float) -> None:
     last: Any = "no answer"
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
-                models = json.load(response)["data"]
-            last = [model["version"] for model in models]
-            if version in last:
+            with urllib.request.urlopen(f"{url}/ready", timeout=5) as response:
+                last = json.load(response)["version"]
+            if last == version:
                 return
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, LookupError) as error:
             last = error
         time.sleep(0.2)
     raise TimeoutError(f"{url} does not serve version {version} after {timeout:.0f} s: {last}")

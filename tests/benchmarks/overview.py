@@ -13,7 +13,7 @@ from gru.corpus import sources
 from gru.corpus.documents import Report, documents
 from gru.corpus.tokenizer import Tokenizer, train
 from gru.model.language_model import GRULanguageModel
-from gru.serving.engine import Engine, Finish
+from gru.serving.engine import Engine, Finish, Request
 from gru.serving.sampling import SamplingParams
 
 STREAMS = 32
@@ -64,7 +64,7 @@ def streams() -> None:
             left[0] -= end is not None
 
         for seed in range(count):
-            engine.submit([1], SamplingParams(seed=seed), TOKENS, receive)
+            engine.submit(Request([1], SamplingParams(seed=seed), TOKENS, receive))
         engine.close()
         engine.join()
         assert left == [0]

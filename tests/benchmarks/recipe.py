@@ -61,7 +61,7 @@ class Resetting(GRULanguageModel):
     """The state is zero again wherever a document begins: after an end of text, the last id of the vocabulary."""
 
     def features(self, tokens_TB: Tensor, state_LBH: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        ends_TB = tokens_TB == END_OF_TEXT
+        ends_TB = tokens_TB == self.vocab_size - 1
         starts = sorted({0, *ends_TB.any(1).nonzero().flatten().tolist()})
         parts = []
         for start, stop in zip(starts, [*starts[1:], len(tokens_TB)], strict=True):
@@ -176,11 +176,9 @@ def configured(variant: Variant, config: PipelineConfig, seed: int) -> PipelineC
 
 def trained(name: str, config: PipelineConfig, dataset: str, seed: int) -> float:
     """Held-out loss at the end, in nats per token."""
-    global END_OF_TEXT
     torch.set_num_threads(1)
     variant, opened = VARIANTS[name], open_dataset(dataset)
     manifest, config = opened.manifest, configured(variant, config, seed)
-    END_OF_TEXT = manifest.end_of_text
 
     def build(model: ModelConfig, vocab_size: int, products: torch.dtype) -> GRULanguageModel:
         made = variant.build(model, vocab_size, products)

@@ -1,0 +1,283 @@
+"""What one HTTP request has generated: its texts in the making, and when to send what there is of them.
+
+The engine's thread feeds the texts; everything else happens on the event loop. It knows no routes and no formats.
+"""
+
+import asyncio
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from gru.serving.engine import Closed, Engine, Expired, Finish, Overloaded, Request
+from gru.serving.protocol import ApiError
+from gru.serving.sampling import Logprobs, SamplingParams, choice_seed
+from gru.serving.text import TextStream
+
+if TYPE_CHECKING:
+    from gru.registry import Bundle, Version
+
+CHUNK_SECONDS = 0.05  # between two chunks of a stream: each costs the proxies more than the token costs us
+STALL_SECONDS = 30  # an engine that has not turned for so long is ill
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that answers."""
+
+    engine: Engine
+    bundle: "Bundle"
+    version: "Version"
+    alias: str = "champion"
+    """By which the registry named it when it was loaded."""
+
+    @property
+    def healthy(self) -> bool:
+        return time.monotonic() - self.engine.heartbeat < STALL_SECONDS
+
+
+class Prompt(NamedTuple):
+    text: str
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked of the engine, for each of the prompts `n` times."""
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    """Its seed is that of the first text of each prompt, or of none if `seeded` is false."""
+    seeded: bool
+    n: int
+    max_tokens: int
+    stops: Sequence[str]
+    echo: bool
+    top_logprobs: int | None
+    deadline: float
+    owner: str
+    session: str | None
+
+
+class Entry(NamedTuple):
+    """A token, where its text begins in the choice's, and how likely it was."""
+
+    token: int
+    offset: int
+    logprobs: Logprobs
+
+
+class Part(NamedTuple):
+    """What is new of a choice."""
+
+    choice: int
+    text: str
+    entries: list[Entry]
+    finish: Finish | None
+
+
+class Relay:
+    """Carries calls from the engine's thread to an event loop: those of a step with one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._calls: deque[Callable[[], None]] = deque()
+        self._woken = False
+
+    def call(self, function: Callable[[], None]) -> None:
+        self._calls.append(function)
+        if not self._woken:
+            self._woken = True
+            self.loop.call_soon_threadsafe(self._run)
+
+    def _run(self) -> None:
+        self._woken = False  # first: a call appended from here on either runs below or wakes again
+        while self._calls:
+            self._calls.popleft()()
+
+
+class Choice:
+    """One text in the making."""
+
+    def __init__(self, index: int, prompt: Prompt, order: Order, token_bytes: Sequence[bytes]) -> None:
+        self.index = index
+        self.finish: Finish | Exception | None = None
+        self.sent_finish = False
+        self.tokens = 0
+        self.request: Request
+        self._prompt = prompt
+        self._order = order
+        self._token_bytes = token_bytes
+        self._text = TextStream(token_bytes, order.stops)
+        self._pieces: deque[str] = deque()  # from one thread to the other
+        self._entries: deque[Entry] = deque()
+        self._unsent = ""
+        self._sent = 0  # characters
+        self._begun = False
+
+    def feed(self, token: int) -> bool:
+        """Engine's thread: take a token; whether the text ends with it."""
+        self.tokens += 1
+        if self._order.top_logprobs is not None:
+            self._entries.append(Entry(token, self._text.decoded, self.request.logprobs[-1]))
+        self._pieces.append(self._text.feed(token))
+        return self._text.stopped
+
+    def end(self) -> None:
+        """Engine's thread: there is no more."""
+        self._pieces.append(self._text.finish())
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to take."""
+        while self._pieces:
+            self._unsent += self._pieces.popleft()
+        return bool(self._unsent or (self.finish and not self.sent_finish))
+
+    def take(self) -> Part:
+        """What is ready."""
+        assert not isinstance(self.finish, Exception)
+        self.sent_finish = self.finish is not None
+        text, self._unsent = self._unsent, ""
+        self._sent += len(text)
+        entries = []
+        while self._entries and (self._entries[0].offset < self._sent or (self.finish and not self._text.stopped)):
+            entries.append(self._entries.popleft())
+        if self._order.echo:
+            shift = len(self._prompt.text)
+            entries = [entry._replace(offset=entry.offset + shift) for entry in entries]
+            if not self._begun:
+                text, entries = self._prompt.text + text, self._prompt_entries() + entries
+        self._begun = True
+        return Part(self.index, text, entries, self.finish)
+
+    def _prompt_entries(self) -> list[Entry]:
+        stream, entries = TextStream(self._token_bytes), []
+        for token, logprobs in zip(self._prompt.tokens, self.request.prompt_logprobs, strict=False):
+            entries.append(Entry(token, stream.decoded, logprobs))
+            stream.feed(token)
+        return entries
+
+
+class Generation:
+    """All texts of one HTTP request."""
+
+    def __init__(self, served: Served, order: Order, relay: Relay) -> None:
+        """Submits everything. Raises ApiError (429), or Closed."""
+        self.served = served
+        self.began = time.monotonic()
+        self.first: float | None = None
+        """Seconds until the first token."""
+        self.choices: list[Choice] = []
+        self._engine = served.engine
+        self._loop = relay.loop
+        self._changed = asyncio.Event()
+        self._due = 0.0  # when the next chunk may go
+        self._timer: asyncio.TimerHandle | None = None
+        self._prompts = order.prompts
+        try:
+            for prompt in order.prompts:
+                seed = order.params.seed if order.seeded else secrets.randbits(63)
+                for n in range(order.n):
+                    params = replace(order.params, seed=choice_seed(seed, n))
+                    self._submit(prompt, params, order, relay)
+        except BaseException as error:
+            self.cancel()
+            if isinstance(error, Overloaded):
+                raise ApiError(429, f"overloaded: {error}; try again later", code="overloaded") from None
+            raise
+
+    def _submit(self, prompt: Prompt, params: SamplingParams, order: Order, relay: Relay) -> None:
+        choice = Choice(len(self.choices), prompt, order, self.served.bundle.tokenizer.token_bytes)
+
+        def on_token(token: int | None, end: Finish | Exception | None) -> None:
+            if end is not None:
+                choice.end()
+            relay.call(lambda: self._told(choice, end))
+
+        choice.request = Request(
+            prompt.tokens,
+            params,
+            order.max_tokens,
+            on_token,
+            ends=choice.feed,
+            top_logprobs=order.top_logprobs,
+            score_prompt=order.echo and order.top_logprobs is not None,
+            deadline=order.deadline,
+            owner=order.owner,
+            session=order.session,
+        )
+        self._engine.submit(choice.request)
+        self.choices.append(choice)
+
+    def _told(self, choice: Choice, end: Finish | Exception | None) -> None:
+        if self.first is None:
+            self.first = time.monotonic() - self.began
+        if end is not None:
+            choice.finish = end
+        if end is not None or self._loop.time() >= self._due:
+            self._changed.set()
+        elif self._timer is None:
+            self._timer = self._loop.call_at(self._due, self._changed.set)
+
+    def cancel(self) -> None:
+        for choice in self.choices:
+            self._engine.cancel(choice.request)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it goes on with a session; known from the first part on."""
+        return any(choice.request.resumed for choice in self.choices)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.tokens) for prompt in self._prompts)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(max(choice.request.cached - 1, 0) for choice in self.choices)  # the mark before a document is none
+
+    @property
+    def made_tokens(self) -> int:
+        """Up to and with a stop string; marks of a document's ends not counted."""
+        return sum(choice.tokens for choice in self.choices)
+
+    async def parts(self) -> AsyncIterator[list[Part]]:
+        """New parts of choices: at once for the first time, then no more often than CHUNK_SECONDS, except that
+        an end does not wait. Raises what ended the engine."""
+        while not all(choice.sent_finish for choice in self.choices):
+            await self._changed.wait()
+            self._changed.clear()
+            if self._timer:
+                self._timer.cancel()
+                self._timer = None
+            for choice in self.choices:
+                if isinstance(choice.finish, Exception):
+                    raise choice.finish
+            ready = [choice for choice in self.choices if choice.ready]
+            if ready:
+                self._due = self._loop.time() + CHUNK_SECONDS
+                yield [choice.take() for choice in ready]
+
+    async def whole(self) -> list[Part]:
+        """Each choice in one part."""
+        found: dict[int, Part] = {}
+        async for parts in self.parts():
+            for part in parts:
+                before = found.get(part.choice, Part(part.choice, "", [], None))
+                found[part.choice] = part._replace(text=before.text + part.text, entries=before.entries + part.entries)
+        return [found[index] for index in sorted(found)]
+
+
+def failure(error: Exception) -> ApiError:
+    """How a client is told of what ended a generation."""
+    if isinstance(error, Expired):
+        return ApiError(503, str(error), code="timeout")
+    return ApiError(503 if isinstance(error, Closed) else 500, str(error))
+
+
+def deadline(seconds: float) -> float:
+    return time.monotonic() + seconds if math.isfinite(seconds) else math.inf

@@ -1,0 +1,201 @@
+"""Which models answer: those that the registry's aliases name, each taken into service only when it has proved itself.
+
+A look at the registry never touches what is serving: a new version is downloaded, checked and tried first, and then
+takes the new requests, while the old engine finishes what it has begun. Anything that is wrong keeps what there is.
+It knows no Ray and no HTTP.
+"""
+
+import json
+import logging
+import math
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from gru import registry, storage
+from gru.config import ServeConfig
+from gru.registry import Bundle, Version
+from gru.serving.engine import Engine, Finish, Request
+from gru.serving.generation import Served
+from gru.serving.metrics import Metrics
+from gru.serving.sampling import SamplingParams
+
+PROOF_PROMPT = "The "
+PROOF_TOKENS = 16
+PROOF_SECONDS = 60
+RETRY_SECONDS = (30, 600)  # how long a version that was refused is left alone: at first, and at most
+LAST_GOOD = "champion.json"
+
+log = logging.getLogger(__name__)
+
+
+class Unfit(Exception):
+    """A version that must not serve."""
+
+
+class Lineup:
+    """The models of one replica. `models` is replaced as a whole: the champion first, then the canary if there is one.
+
+    directory: where the champion is kept on disk, so that a replica can start while the registry is away.
+    """
+
+    def __init__(self, config: ServeConfig, model_name: str, directory: Path) -> None:
+        self.models: Sequence[Served] = ()
+        self.metrics = Metrics(lambda: self.models)
+        self._config, self._model_name = config, model_name
+        self._directory = directory / model_name
+        self._spare: Served | None = None  # the champion before, kept warm: going back to it takes no time
+        self._refused: dict[str, tuple[float, float]] = {}  # by version: when to try again, and how long it was left
+
+    def start(self) -> None:
+        """Load what the registry names; where nothing comes of that, the last champion that was served here. Raises
+        what stood against it if the registry does not answer and there is none."""
+        problem: Exception | None = None
+        try:
+            self.follow()
+        except Exception as error:
+            problem = error
+        if not self.models and (kept := self._last_good()):
+            log.warning("serving %s version %s, from disk: %s", kept.version.name, kept.version.version, problem)
+            self.models = (kept,)
+        if problem and not self.models:
+            raise problem
+        threading.Thread(target=self._keep_following, name="gru-follow", daemon=True).start()
+
+    def _keep_following(self) -> None:
+        while True:
+            time.sleep(self._config.poll_seconds * random.uniform(0.8, 1.2))  # replicas do not ask in step
+            try:
+                self.follow()
+            except Exception as error:
+                log.warning("cannot ask for %s@%s (%s): what serves stays", self._model_name, registry.CHAMPION, error)
+
+    def follow(self) -> None:
+        """Bring the models to what the aliases name now. Raises if the registry does not answer."""
+        canary = self._config.canary
+        try:
+            version = registry.resolve(self._model_name, registry.CHAMPION)
+            other = registry.resolve(self._model_name, canary.alias) if canary.share else None
+        except Exception:
+            self.metrics.unreachable.inc()
+            raise
+        champion = (version and self._served(version, registry.CHAMPION)) or next(iter(self.models), None)
+        if champion is None:
+            return
+        models = [champion]
+        if other and other.version != champion.version.version and (second := self._served(other, canary.alias)):
+            models.append(second)
+        self._replace(models)
+
+    def _replace(self, models: list[Served]) -> None:
+        before, self.models = self.models, tuple(models)
+        if before and before[0].engine is not models[0].engine:
+            log.info("serving %s version %s", models[0].version.name, models[0].version.version)
+            dropped, self._spare = self._spare, before[0]
+        else:
+            dropped = None
+        keeping = {id(served.engine) for served in (*models, *([self._spare] if self._spare else []))}
+        for served in (*before, *([dropped] if dropped else [])):
+            if id(served.engine) not in keeping:
+                served.engine.close(drain=True)
+
+    def _served(self, version: Version, alias: str) -> Served | None:
+        """That version under this alias: as it is loaded already, or from the registry; None if it is refused."""
+        for loaded in (*self.models, *([self._spare] if self._spare else [])):
+            if loaded.version.version == version.version and loaded.healthy:
+                return replace(loaded, version=version, alias=alias)
+        again, waited = self._refused.get(version.version, (0.0, RETRY_SECONDS[0] / 2))
+        if time.monotonic() < again:
+            return None
+        try:
+            with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
+                files = registry.download_bundle(version, Path(temporary))
+                served = self._proved(registry.load_bundle(files), version, alias)
+                if alias == registry.CHAMPION:
+                    self._keep_on_disk(files, served)
+        except Exception as error:
+            waited = min(2 * waited, RETRY_SECONDS[1])
+            self._refused[version.version] = time.monotonic() + waited, waited
+            self.metrics.refused.inc()
+            log.error("%s version %s is not taken into service: %s", version.name, version.version, error)
+            return None
+        self._refused.pop(version.version, None)
+        return served
+
+    def _proved(self, bundle: Bundle, version: Version, alias: str) -> Served:
+        """With an engine that has written something. Raises Unfit, or what else is wrong."""
+        if version.bundle and bundle.digest != version.bundle:
+            raise Unfit(f"its files have the digest {bundle.digest}, and it was registered with {version.bundle}")
+        config, tokenizer = self._config, bundle.tokenizer
+        engine = Engine(
+            bundle.model,
+            tokenizer.end_of_text,
+            config.slots,
+            config.max_queue,
+            config.max_tokens_in_flight,
+            config.cache_bytes,
+        )
+        try:
+            prove(engine, tokenizer.encode(PROOF_PROMPT).tolist())
+        except BaseException:
+            engine.close(drain=False)
+            raise
+        return Served(engine, bundle, version, alias)
+
+    def _keep_on_disk(self, files: Path, served: Served) -> None:
+        """The last champion and what is needed to serve it. That it cannot be kept is no reason not to serve it."""
+        name = f"{served.version.version}-{served.bundle.digest[:16]}"
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not (self._directory / name).exists():
+                draft = Path(tempfile.mkdtemp(dir=self._directory, prefix=".draft-"))
+                shutil.copytree(files, draft, dirs_exist_ok=True)
+                try:
+                    draft.rename(self._directory / name)
+                except OSError:  # another replica was faster
+                    shutil.rmtree(draft, ignore_errors=True)
+            storage.write_json(str(self._directory / LAST_GOOD), {"bundle": name, "version": asdict(served.version)})
+            for old in self._directory.iterdir():
+                if old.is_dir() and not old.name.startswith(".") and old.name != name:
+                    shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            log.warning("%s is not kept on disk: %s", name, error)
+
+    def _last_good(self) -> Served | None:
+        try:
+            kept = json.loads((self._directory / LAST_GOOD).read_text())
+            bundle = registry.load_bundle(self._directory / kept["bundle"])
+            return self._proved(bundle, Version(**kept["version"]), registry.CHAMPION)
+        except FileNotFoundError:
+            return None
+        except Exception as error:
+            log.error("what is in %s cannot be served: %s", self._directory, error)
+            return None
+
+
+def prove(engine: Engine, prompt: Sequence[int]) -> None:
+    """Let the engine write a few tokens. Raises Unfit if what the model says is no number, or nothing comes."""
+    done: Future[None] = Future()
+
+    def on_token(token: int | None, end: Finish | Exception | None) -> None:
+        if isinstance(end, Exception):
+            done.set_exception(end)
+        elif end is not None:
+            done.set_result(None)
+
+    params = SamplingParams(seed=0)
+    request = Request(prompt, params, PROOF_TOKENS, on_token, top_logprobs=1, score_prompt=True)
+    engine.submit(request)
+    try:
+        done.result(PROOF_SECONDS)
+    except TimeoutError:
+        raise Unfit(f"it wrote nothing within {PROOF_SECONDS} s") from None
+    said = [*request.prompt_logprobs, *request.logprobs]
+    if not all(math.isfinite(each.token) for each in said):
+        raise Unfit("its probabilities are no numbers")

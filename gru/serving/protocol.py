@@ -1,0 +1,180 @@
+"""What clients may say, and what they are told if it is wrong: OpenAI's API as records. No engine, no transport.
+
+Reference: https://platform.openai.com/docs/api-reference. What can be ignored without changing the text is ignored;
+what cannot is refused.
+"""
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gru.config import ServeConfig
+
+UNSUPPORTED = ("suffix", "tools", "functions", "tool_choice", "function_call", "audio", "prediction")
+MAX_CHARACTERS = 2_000_000  # of all prompts of a request, before it is tokenized
+EXPECTED = {
+    "prompt": "expected a string or a list of strings, not token ids",
+    "stop": "expected a string or a list of at most 16 strings, each of 1 to 256 characters",
+    "messages": "expected a list of {role, content}; role: system, developer, user or assistant; content: text",
+}
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+TopLogprobs = Annotated[int, Field(ge=0, le=20)]
+
+
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        kind = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+        self.status = status
+        self.content = {
+            "error": {
+                "message": message,
+                "type": kind.get(status, "invalid_request_error"),
+                "param": param,
+                "code": code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        headers = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
+        return JSONResponse(self.content, self.status, headers.get(self.status))
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class TextRequest(BaseModel):
+    """What both kinds of requests have."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    model: str | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_k: int = Field(0, ge=-1)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.1, le=10)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    seed: int | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    session_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    user: Annotated[str, Field(max_length=256)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, fields: Any) -> Any:
+        """OpenAI's clients send null for the default."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    def bias(self, vocab_size: int) -> dict[int, float]:
+        """By token id. Raises ApiError."""
+        for name in self.logit_bias:
+            if not (name.isdecimal() and name.isascii() and len(name) < 10 and int(name) < vocab_size):
+                raise ApiError(400, f"logit_bias: {name!a}: expected token ids below {vocab_size}", "logit_bias")
+        return {int(name): bias for name, bias in self.logit_bias.items()}
+
+
+class Asked(NamedTuple):
+    """What either kind of request comes to."""
+
+    prompts: list[str]
+    param: str
+    """Where the client has them."""
+    max_tokens: int
+    top_logprobs: int | None
+    """None: no logprobs."""
+    stops: list[str]
+    echo: bool
+
+    def refuse(self, body: TextRequest, config: ServeConfig) -> None:
+        """Raises ApiError for what can be seen to be wrong before anything is tokenized."""
+        if sum(map(len, self.prompts)) > MAX_CHARACTERS:
+            raise ApiError(400, f"{self.param}: at most {MAX_CHARACTERS:,} characters", self.param)
+        for prompt in self.prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:
+                raise ApiError(400, f"{self.param}: half of a surrogate pair is not text", self.param) from None
+        if self.max_tokens > config.max_tokens:
+            raise ApiError(400, f"max_tokens: at most {config.max_tokens:,} here", "max_tokens")
+        if not self.max_tokens and not self.echo:
+            raise ApiError(400, "max_tokens: 0 needs echo = true", "max_tokens")
+        if body.session_id and (len(self.prompts) * body.n > 1 or self.echo):
+            raise ApiError(400, "session_id: goes with one prompt, n = 1 and echo = false", "session_id")
+
+
+class CompletionRequest(TextRequest):
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=2048)]
+    max_tokens: int = Field(16, ge=0)
+    logprobs: TopLogprobs | None = None
+    echo: bool = False
+
+    def asked(self) -> Asked:
+        prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        return Asked(prompts, "prompt", self.max_tokens, self.logprobs, self.stops, self.echo)
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(TextRequest):
+    messages: list[Message] = Field(min_length=1, max_length=2048)
+    max_tokens: int = Field(256, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: TopLogprobs = 0
+
+    def asked(self, template: str) -> Asked:
+        """The messages as one prompt, up to where the answer begins. template: as `serve.chat_template` says.
+
+        Raises ApiError."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs: needs logprobs = true", "top_logprobs")
+        before, after = template.split("{content}")
+        said = "".join(before.replace("{role}", m.role) + m.text + after for m in self.messages)
+        return Asked(
+            prompts=[said + before.replace("{role}", "assistant")],
+            param="messages",
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            top_logprobs=self.top_logprobs if self.logprobs else None,
+            stops=[*self.stops, *([after] if after else [])],
+            echo=False,
+        )
+
+
+def refuse_unsupported(body: TextRequest) -> None:
+    """Raises ApiError if the body asks for what is not done here, and would change the text."""
+    extra = body.model_extra or {}
+    for field in UNSUPPORTED:
+        if extra.get(field):
+            raise ApiError(400, f"{field}: not supported", field, "unsupported_parameter")
+    if extra.get("best_of") not in (None, body.n):
+        raise ApiError(400, "best_of: not supported", "best_of", "unsupported_parameter")
+    if extra.get("response_format") not in (None, {"type": "text"}):
+        raise ApiError(400, "response_format: only text", "response_format", "unsupported_parameter")

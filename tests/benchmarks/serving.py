@@ -1,0 +1,318 @@
+"""How fast the endpoint is: the engine next to the matrix products that it cannot do without, and HTTP next to both the
+engine and a Serve app that has nothing to compute. Everything in one run, the clients included.
+
+python -m tests.benchmarks.serving [--only engine http streams first]
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import torch
+
+from gru import registry, tracking
+from gru.config import CorpusConfig, ModelConfig, ServeConfig, TokenizerConfig
+from gru.corpus import sources, tokenizer
+from gru.corpus.documents import Report, documents
+from gru.model.language_model import GRULanguageModel
+from gru.network import free_port
+from gru.serving import deployment
+from gru.serving.engine import Engine, Finish, Request
+from gru.serving.sampling import SamplingParams
+from jobs import entry
+
+MODEL = ModelConfig(embedding=512, hidden=512, layers=2)
+VOCABULARY = 2048
+END = VOCABULARY - 1
+STREAMS = 64
+NAME = "benchmark"
+PROMPT = "def read(path):\n"
+TIMEOUT = aiohttp.ClientTimeout(total=900)
+
+
+def show(what: str, sides: str, ratio: float | None = None) -> None:
+    print(f"{what:34} {sides}" + ("" if ratio is None else f": {ratio:.2f} x"), flush=True)
+
+
+def model() -> GRULanguageModel:
+    """One that never ends."""
+    torch.manual_seed(0)
+    made = GRULanguageModel(MODEL, VOCABULARY).eval().requires_grad_(False)
+    made.output_bias[END] = -100
+    return made
+
+
+# The engine alone
+
+
+def engine_rate(streams: int, tokens: int) -> float:
+    """Tokens/s of so many streams at a time, from the first step with all of them on."""
+    engine = Engine(model(), END, streams, streams)
+    left, done = [streams], threading.Event()
+
+    def receive(token: int | None, end: Finish | Exception | None) -> None:
+        left[0] -= end is not None
+        if not left[0]:
+            done.set()
+
+    started = time.perf_counter()
+    for seed in range(streams):
+        engine.submit(Request([1], SamplingParams(seed), tokens, receive))
+    done.wait()
+    rate = streams * tokens / (time.perf_counter() - started)
+    engine.close()
+    engine.join()
+    return rate
+
+
+def products_rate(streams: int) -> float:
+    """Tokens/s if a step were its matrix products alone."""
+    width, hidden = MODEL.embedding, MODEL.hidden
+    x, h = torch.randn(streams, width), torch.randn(streams, hidden)
+    matrices = [(torch.randn(width, 3 * hidden), torch.randn(hidden, 3 * hidden)) for _ in range(MODEL.layers)]
+    output = torch.randn(width, VOCABULARY)
+    best = math.inf
+    for _ in range(200):
+        started = time.perf_counter()
+        for from_x, from_h in matrices:
+            torch.mm(x, from_x)
+            torch.mm(h, from_h)
+        torch.mm(x, output)
+        best = min(best, time.perf_counter() - started)
+    return streams / best
+
+
+def engine() -> float:
+    torch.set_num_threads(deployment.THREADS)
+    with torch.inference_mode():
+        bound = products_rate(STREAMS)
+    many = max(engine_rate(STREAMS, 150) for _ in range(3))
+    one = max(engine_rate(1, 500) for _ in range(3))
+    show(
+        "engine, 2 x 512, tokens/s", f"{STREAMS} streams {many:,.0f}, matrix products alone {bound:,.0f}", many / bound
+    )
+    show("", f"{STREAMS} streams {many:,.0f}, 1 stream {one:,.0f}", many / one)
+    return many
+
+
+# Over HTTP
+
+
+async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The events of one streamed completion. Raises RuntimeError for any that is an error."""
+    async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as response:
+        if response.status != 200:
+            raise RuntimeError(f"{response.status}: {await response.text()}")
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"]["message"])
+                yield event
+
+
+def request(tokens: int, **fields: Any) -> dict[str, Any]:
+    return {"prompt": PROMPT, "max_tokens": tokens, "stream_options": {"include_usage": True}, **fields}
+
+
+async def throughput(url: str, streams: int, tokens: int) -> dict[str, float]:
+    async def one(session: aiohttp.ClientSession) -> tuple[int, int]:
+        events = made = 0
+        async for event in stream(session, url, request(tokens)):
+            events += 1
+            made += (event.get("usage") or {}).get("completion_tokens", 0)
+        return events, made
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=TIMEOUT) as session:
+        started = time.perf_counter()
+        found = await asyncio.gather(*(one(session) for _ in range(streams)))
+        seconds = time.perf_counter() - started
+    events, made = (sum(column) for column in zip(*found, strict=True))
+    return {"tokens/s": made / seconds, "tokens an event": made / max(1, events)}
+
+
+async def open_streams(url: str, streams: int, tokens: int) -> dict[str, float]:
+    """All of them open at once: each goes on when the last has had its first token."""
+    begun, all_begun, failed = 0, asyncio.Event(), 0
+
+    async def one(session: aiohttp.ClientSession) -> None:
+        nonlocal begun, failed
+        counted = False
+        try:
+            async for _ in stream(session, url, request(tokens)):
+                if not counted:
+                    begun, counted = begun + 1, True
+                    if begun == streams:
+                        all_begun.set()
+        except Exception as error:
+            failed += 1
+            print(f"a stream failed: {error!r}", file=sys.stderr)
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=TIMEOUT) as session:
+        await asyncio.gather(*(one(session) for _ in range(streams)))
+    return {"begun": begun, "failed": failed, "all at once": float(all_begun.is_set())}
+
+
+async def first_tokens(url: str, clients: int, seconds: float, long_prompt: bool) -> dict[str, float]:
+    """Seconds to the first token of clients that ask again and again, with or without a prompt of 100,000 tokens being
+    read meanwhile."""
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+
+    async def one(session: aiohttp.ClientSession, client: int) -> None:
+        await asyncio.sleep(client * 0.05)
+        while time.perf_counter() < until:
+            started, first = time.perf_counter(), None
+            async for _ in stream(session, url, request(60)):
+                if first is None:
+                    first = time.perf_counter() - started
+                    times.append(first)
+
+    async def reader(session: aiohttp.ClientSession) -> None:
+        while time.perf_counter() < until:
+            async for _ in stream(session, url, request(1, prompt=" x" * 100_000, user=str(time.time()))):
+                pass
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=TIMEOUT) as session:
+        reading = asyncio.ensure_future(reader(session)) if long_prompt else None
+        await asyncio.gather(*(one(session, client) for client in range(clients)))
+        if reading:
+            reading.cancel()
+    return {"p50": statistics.median(times), "p99": statistics.quantiles(times, n=100)[98], "requests": len(times)}
+
+
+def load(measure: Callable[..., Any], *arguments: Any) -> dict[str, float]:
+    """Run clients in a process of their own, as they would be."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_load, (measure, arguments))
+
+
+def _load(measure: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, float]:
+    return asyncio.run(measure(*arguments))
+
+
+@contextmanager
+def registered() -> Iterator[str]:
+    """The address of an MLflow with the model as its champion, and a Ray to serve it on."""
+    import mlflow
+    import ray
+
+    entry.quiet_libraries()
+    with tempfile.TemporaryDirectory(prefix="gru-benchmark-") as temporary:
+        directory = Path(temporary)
+        uri = f"sqlite:///{directory / 'mlflow.db'}"
+        mlflow.set_tracking_uri(uri)
+        mlflow.MlflowClient().create_experiment(NAME, artifact_location=str(directory / "artifacts"))
+        corpus = CorpusConfig(sources=["python-stdlib"])
+        [partition, *_] = sources.plan(sources.list_files(corpus), corpus)
+        texts = [text for span in partition[:100] for text in documents(span, corpus, Report())]
+        made = tokenizer.train(TokenizerConfig(kind="bpe", vocab_size=VOCABULARY), texts)
+        assert (made.vocab_size, made.end_of_text) == (VOCABULARY, END)
+        registry.write_bundle(str(directory / "bundle"), MODEL, model().state_dict(), made, {})
+        run = tracking.open_run(NAME, "key", "promote")
+        version = registry.register(run, NAME, str(directory / "bundle"), 2.0, "text")
+        mlflow.MlflowClient().set_registered_model_alias(NAME, registry.CHAMPION, version.version)
+        ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        try:
+            yield uri
+        finally:
+            ray.shutdown()
+
+
+def serve(uri: str, port: int, slots: int) -> str:
+    config = ServeConfig(port=port, slots=slots, max_queue=2 * slots, max_tokens_in_flight=1 << 30)
+    deployment.deploy(config, NAME, uri)
+    url = f"http://127.0.0.1:{port}"
+    deployment.wait_ready(url, "1", 120)
+    load(throughput, url, 8, 20)  # warm
+    return url
+
+
+def serve_constant(tokens_an_event: int) -> str:
+    """An app that has nothing to compute: as many events as we would send, as fast as they go."""
+    from fastapi import FastAPI
+    from fastapi.responses import StreamingResponse
+    from ray import serve
+
+    app = FastAPI()
+
+    @app.post("/v1/completions")
+    async def completions(body: dict[str, Any]) -> StreamingResponse:
+        choice = {"index": 0, "text": "text " * tokens_an_event, "logprobs": None, "finish_reason": None}
+        event = f"data: {json.dumps({'id': 'cmpl-0', 'object': 'text_completion', 'choices': [choice]})}\n\n"
+        usage = {"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}
+
+        async def events() -> AsyncIterator[str]:
+            for _ in range(body["max_tokens"] // tokens_an_event):
+                yield event
+            yield f"data: {json.dumps(usage)}\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+    constant = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5})(
+        serve.ingress(app)(type("Constant", (), {}))
+    )
+    serve.run(constant.bind(), name="constant", route_prefix="/constant")
+    return "/constant"
+
+
+def replica_memory() -> float:
+    """MB of the process that serves."""
+    found = [p for p in psutil.process_iter(["cmdline"]) if "ServeReplica:gru:Generator" in " ".join(p.info["cmdline"])]
+    return max(process.memory_info().rss for process in found) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ("engine", "http", "streams", "first")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    only = parser.parse_args().only
+    alone = engine() if {"engine", "http"} & set(only) else math.nan
+    if set(only) == {"engine"}:
+        return
+    with registered() as uri:
+        port = free_port()
+        if "http" in only:
+            url = serve(uri, port, STREAMS)
+            ours = max((load(throughput, url, STREAMS, 400) for _ in range(2)), key=lambda found: found["tokens/s"])
+            size = max(1, round(ours["tokens an event"]))
+            constant = load(throughput, url + serve_constant(size), STREAMS, 4000)["tokens/s"]
+            sides = f"{ours['tokens/s']:,.0f}, engine alone {alone:,.0f}, constant text {constant:,.0f}"
+            show(f"HTTP, {STREAMS} streams, tokens/s", sides, ours["tokens/s"] / min(alone, constant))
+        if "first" in only:
+            url = serve(uri, port, STREAMS)
+            idle = load(first_tokens, url, 32, 30, False)
+            busy = load(first_tokens, url, 32, 30, True)
+            show(
+                "first token, 32 clients, ms",
+                f"p50 {1e3 * idle['p50']:.0f}, p99 {1e3 * idle['p99']:.0f}",
+                idle["p99"] / idle["p50"],
+            )
+            show(
+                "  p99 beside a 100,000-token prompt",
+                f"{1e3 * busy['p99']:.0f}, without {1e3 * idle['p99']:.0f}",
+                busy["p99"] / idle["p99"],
+            )
+        if "streams" in only:
+            url = serve(uri, port, 2048)
+            before = replica_memory()
+            found = load(open_streams, url, 2000, 40)
+            grown = replica_memory() - before
+            show("2,000 open streams", f"{found['failed']:.0f} failed, the replica grew by {grown:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A real server with a tiny model, in this process, for tests of what it answers."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from gru.config import ModelConfig, ServeConfig, TokenizerConfig
+from gru.corpus import tokenizer as tokenizers
+from gru.model.language_model import GRULanguageModel
+from gru.registry import Bundle, Version
+from gru.serving.engine import Engine
+from gru.serving.generation import Served
+
+
+def tiny_bundle() -> Bundle:
+    """A model of bytes that has learned nothing, but prefers to write printable ones and seldom ends."""
+    tokenizer = tokenizers.train(TokenizerConfig(kind="byte"), ["any text"])
+    torch.manual_seed(0)
+    model = GRULanguageModel(ModelConfig(embedding=16, hidden=16), tokenizer.vocab_size).eval()
+    with torch.no_grad():
+        model.output_bias += 3 * torch.tensor([float(32 <= i < 127) for i in range(tokenizer.vocab_size)])
+        model.output_bias[tokenizer.end_of_text] = -5
+    return Bundle(model, tokenizer, {}, "f00d")
+
+
+class Slowed(torch.nn.Module):
+    """The model, with a pause in each call that a test may set."""
+
+    def __init__(self, model: GRULanguageModel) -> None:
+        super().__init__()
+        self.model, self.pause = model, 0.0
+        self.vocab_size, self.initial_state = model.vocab_size, model.initial_state
+        self.failing = False
+
+    def features(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(self.pause)
+        if self.failing:
+            raise RuntimeError("out of luck")
+        return self.model.features(tokens, state)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(x)
+
+    def forward(self, tokens: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.model(tokens, state)
+
+
+@dataclass
+class Server:
+    """A model and the engines made for it, which answer at the address."""
+
+    url: str
+    config: ServeConfig
+    bundle: Bundle
+    served: list[Served] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.model = Slowed(self.bundle.model)
+
+    def new_engine(self, version: str, alias: str = "champion") -> Engine:
+        """Made for a version that then stands for the alias."""
+        config, end_of_text = self.config, self.bundle.tokenizer.end_of_text
+        engine = Engine(
+            self.model, end_of_text, config.slots, config.max_queue, config.max_tokens_in_flight, config.cache_bytes
+        )
+        values = {"name": "poet", "version": version, "run_id": "r1", "bits_per_byte": 2.5, "created": 17}
+        others = {name: "" for name in Version.__dataclass_fields__ if name not in values}
+        rest = [each for each in self.served if each.alias != alias]
+        fresh = Served(engine, self.bundle, Version(**values, **others), alias)
+        self.served[:] = [fresh, *rest] if alias == "champion" else [*rest, fresh]
+        return engine
+
+    @property
+    def engine(self) -> Engine:
+        return self.served[0].engine
+
+    def post(self, path: str = "completions", **fields: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", json=fields, timeout=60)
+
+
+@contextmanager
+def listening(app: Any) -> Iterator[str]:
+    """The address of an HTTP server for the app."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=http.run, args=([listener],), daemon=True)
+    thread.start()
+    while not http.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    http.should_exit = True
+    thread.join(10)

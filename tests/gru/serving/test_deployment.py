@@ -1,0 +1,237 @@
+"""The endpoint on a real Ray Serve: what clients see while replicas, proxies and models come and go."""
+
+import os
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlflow
+import openai
+import psutil
+import pytest
+import torch
+from ray import serve
+
+from gru import registry, tracking
+from gru.config import ModelConfig, ServeConfig, TokenizerConfig
+from gru.corpus.tokenizer import Tokenizer, train
+from gru.evaluation import sample_ids
+from gru.model.language_model import GRULanguageModel
+from gru.network import free_port
+from gru.registry import CHAMPION, Bundle
+from gru.serving import deployment
+from gru.serving.sampling import SamplingParams
+
+pytestmark = pytest.mark.faults
+MODEL = ModelConfig(embedding=16, hidden=16)
+
+
+@dataclass
+class Endpoint:
+    config: ServeConfig
+    tracking: str
+    bundles: list[Bundle]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.config.port}"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def name(self, version: int) -> None:
+        mlflow.set_tracking_uri(self.tracking)
+        mlflow.MlflowClient().set_registered_model_alias("poet", CHAMPION, str(version))
+
+    def write(self, **fields: Any) -> Any:
+        asked: dict[str, Any] = {"model": "poet", "prompt": "A fox", "seed": 1, "max_tokens": 30}
+        return self.client.completions.create(**{**asked, **fields})
+
+    def expected(self, version: int, seed: int = 1, tokens: int = 30) -> str:
+        """What that version writes, by an engine in this process."""
+        bundle = self.bundles[version - 1]
+        [ids] = sample_ids(bundle.model, bundle.tokenizer, "A fox", tokens, [SamplingParams(seed)])
+        return bundle.tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_local: None, empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    directory = tmp_path_factory.mktemp("endpoint")
+    before = mlflow.get_tracking_uri()
+    shutil.copy(empty_database, directory / "mlflow.db")
+    uri = f"sqlite:///{directory / 'mlflow.db'}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
+        mlflow.MlflowClient().create_experiment("test", artifact_location=str(directory / "artifacts"))
+        tokenizer = train(TokenizerConfig(kind="char"), ["A crow met a fox."])
+        run = tracking.open_run("test", "key", "promote")
+        bundles = []
+        for seed in range(3):
+            path = str(write_bundle(directory / str(seed), tokenizer, seed))
+            registry.register(run, "poet", path, 2.0, "text")
+            bundles.append(registry.load_bundle(path))
+        made = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, bundles)
+        made.name(1)
+        deployment.deploy(made.config, "poet", uri)
+        deployment.wait_ready(made.url, "1", 120)
+        yield made
+        serve.shutdown()
+        mlflow.set_tracking_uri(before)
+
+
+def write_bundle(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
+    torch.manual_seed(seed)
+    model = GRULanguageModel(MODEL, tokenizer.vocab_size)
+    with torch.no_grad():
+        model.output_bias[tokenizer.end_of_text] = -100
+    registry.write_bundle(str(path), MODEL, model.state_dict(), tokenizer, {})
+    return path
+
+
+@dataclass
+class Load:
+    """Clients that ask again and again; what they got by the version that wrote it, and what went wrong."""
+
+    endpoint: Endpoint
+    clients: int = 4
+    texts: dict[str, set[str]] = field(default_factory=dict)
+    failures: list[Exception] = field(default_factory=list)
+    answers: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> "Load":
+        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(self.clients)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a client hangs"
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            try:
+                chunks = list(self.endpoint.write(stream=True))
+                if not chunks or chunks[-1].choices[0].finish_reason is None:
+                    raise ConnectionError("the stream broke off")
+            except (openai.APIError, httpx.HTTPError, ConnectionError) as error:
+                self.failures.append(error)
+                time.sleep(0.1)
+                continue
+            versions = {chunk.system_fingerprint.partition("-")[0] for chunk in chunks}
+            text = "".join(chunk.choices[0].text for chunk in chunks)
+            self.texts.setdefault("+".join(sorted(versions)), set()).add(text)
+            self.answers += 1
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.1)
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Ray's processes of this session that run an actor of that name."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def answers(endpoint: Endpoint) -> bool:
+    try:
+        return endpoint.write().choices[0].text == endpoint.expected(1)
+    except openai.APIError:
+        return False
+
+
+def test_a_seed_gives_the_same_text_here_and_there(endpoint: Endpoint) -> None:
+    for seed in range(4):
+        assert endpoint.write(seed=seed).choices[0].text == endpoint.expected(1, seed)
+
+
+def test_an_alias_that_moves_20_times_under_load_fails_nobody(endpoint: Endpoint) -> None:
+    with Load(endpoint) as load:
+        for move in range(1, 21):
+            endpoint.name(1 + move % 3)
+            time.sleep(0.4)
+        endpoint.name(1)
+        wait_for("version 1", lambda: answers(endpoint))
+    assert not load.failures
+    assert load.texts == {str(version): {endpoint.expected(version)} for version in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("victim", ["ServeReplica:gru:Generator", "ProxyActor"])
+def test_what_is_killed_under_load_comes_back(endpoint: Endpoint, victim: str) -> None:
+    with Load(endpoint) as load:
+        wait_for("load", lambda: load.answers > 20)
+        [killed] = processes(victim)
+        os.kill(killed.pid, signal.SIGKILL)
+        wait_for("another one", lambda: bool(processes(victim)) and processes(victim)[0].pid != killed.pid)
+        wait_for("answers", lambda: answers(endpoint))
+        before = load.answers
+        wait_for("load", lambda: load.answers > before + 20)
+    assert load.texts == {"1": {endpoint.expected(1)}}
+
+
+def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -> None:
+    tokens = 4000
+    stream = endpoint.write(stream=True, max_tokens=tokens)
+    text = next(stream).choices[0].text
+    changed = endpoint.config.model_copy(update={"slots": 16})
+    replacing = threading.Thread(target=deployment.deploy, args=(changed, "poet", endpoint.tracking))
+    replacing.start()
+    text += "".join(chunk.choices[0].text for chunk in stream)
+    assert text == endpoint.expected(1, tokens=tokens)
+    replacing.join(120)
+    assert not replacing.is_alive()
+    wait_for("answers", lambda: answers(endpoint))
+
+
+def test_replicas_follow_the_tokens_in_flight_and_sessions_their_states(endpoint: Endpoint) -> None:
+    """Last, since it leaves another deployment."""
+    changed = endpoint.config.model_copy(update={"max_replicas": 2, "tokens_per_replica": 2000})
+    deployment.deploy(changed, "poet", endpoint.tracking)
+    wait_for("answers", lambda: answers(endpoint))
+
+    def replicas() -> int:
+        states = serve.status().applications[deployment.APP].deployments["Generator"].replica_states
+        return states.get("RUNNING", 0)
+
+    assert replicas() == 1
+    streams = [endpoint.write(stream=True, max_tokens=4000, user=str(i)) for i in range(4)]
+    readers = [threading.Thread(target=list, args=(stream,), daemon=True) for stream in streams]
+    for reader in readers:
+        reader.start()
+
+    def busy() -> bool:
+        if not any(reader.is_alive() for reader in readers):
+            endpoint.write(max_tokens=4000, n=4)
+        return replicas() == 2
+
+    wait_for("a second replica", busy, 120)
+
+    def kept(name: str) -> bool:
+        """Whether three turns of a session each go on from the one before."""
+        headers, fields = {"x-session-id": name}, {"session_id": name}
+        turns = [endpoint.write(extra_headers=headers, extra_body=fields).to_dict()["session"] for _ in range(3)]
+        return [turn["resumed"] for turn in turns] == [False, True, True]
+
+    # At random, eight of them would not be kept once in 65,000 times.
+    wait_for("the proxy to know both", lambda: all(kept(str(uuid.uuid4())) for _ in range(8)), 30)

@@ -1,0 +1,42 @@
+"""Requests made from the page that describes the interface, sensible and not: none of them is our fault."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+
+from gru.config import ServeConfig
+from gru.serving.api import create_app
+from tests.gru.serving.server import Server, listening, tiny_bundle
+
+CONFIG = ServeConfig(slots=4, max_tokens=30, max_body_bytes=100_000, request_seconds=20)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    server = Server("", CONFIG, tiny_bundle())
+    engine = server.new_engine("1")
+    with listening(create_app(lambda: server.served, CONFIG)) as server.url:
+        yield server.url
+    engine.close(drain=False)
+
+
+def test_no_request_makes_a_server_error(url: str) -> None:
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    asked: Counter[str] = Counter()
+    for operation in schema.get_all_operations():
+
+        @given(case=operation.ok().as_strategy())
+        @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        def check(case: schemathesis.Case) -> None:
+            response = case.call()
+            assert response.status_code < 500, response.text
+            asked[f"{case.method} {case.path} {response.status_code}"] += 1
+            if response.status_code >= 400:
+                assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+        check()
+    for path in ("completions", "chat/completions"):
+        assert asked[f"POST /v1/{path} 200"] >= 5, asked  # sense was among it
