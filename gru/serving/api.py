@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from gru.config import ServeConfig, content_key
+from gru.serving import playground
 from gru.serving.access import Gate, Keys
 from gru.serving.engine import Closed
 from gru.serving.formats import ChatFormat, CompletionFormat, Format
@@ -47,6 +48,7 @@ def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None 
     app.add_middleware(Gate, keys=keys, max_body=config.max_body_bytes, metrics=metrics)
     settings = content_key(config)
     answers = Answers(provider, config, metrics)
+    playground.add_to(app)
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> Response:
