@@ -51,6 +51,8 @@ class Lineup:
         self._config, self._model_name = config, model_name
         self._directory = directory / model_name
         self._spare: Served | None = None  # the champion before, kept warm: going back to it takes no time
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep_following, name="gru-follow", daemon=True)
         self._refused: dict[str, tuple[float, float]] = {}  # by version: when to try again, and how long it was left
 
     def start(self) -> None:
@@ -66,11 +68,19 @@ class Lineup:
             self.models = (kept,)
         if problem and not self.models:
             raise problem
-        threading.Thread(target=self._keep_following, name="gru-follow", daemon=True).start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Follow no more, and end all engines once they have finished what they have begun."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        for served in (*self.models, *([self._spare] if self._spare else [])):
+            served.engine.close(drain=True)
 
     def _keep_following(self) -> None:
-        while True:
-            time.sleep(self._config.poll_seconds * random.uniform(0.8, 1.2))  # replicas do not ask in step
+        # Replicas do not ask in step.
+        while not self._closed.wait(self._config.poll_seconds * random.uniform(0.8, 1.2)):
             try:
                 self.follow()
             except Exception as error:

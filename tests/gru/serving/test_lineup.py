@@ -68,12 +68,7 @@ def models(mlflow_store: str, tmp_path: Path) -> Registry:
 def lineup(tmp_path: Path) -> Iterator[Lineup]:
     made = Lineup(SERVE, "poet", tmp_path / "kept")
     yield made
-    close(made)
-
-
-def close(lineup: Lineup) -> None:
-    for served in lineup.models:
-        served.engine.close(drain=False)
+    made.close()
 
 
 def serving(lineup: Lineup) -> list[tuple[str, str]]:
@@ -227,7 +222,7 @@ def test_a_canary_comes_goes_and_becomes_the_champion(models: Registry, tmp_path
     models.name(two)
     lineup.follow()
     assert serving(lineup) == [(CHAMPION, "2")] and lineup.models[0].engine is engine
-    close(lineup)
+    lineup.close()
 
 
 def test_a_dead_engine_is_replaced(models: Registry, lineup: Lineup) -> None:
@@ -272,7 +267,7 @@ def test_it_starts_from_disk_while_the_registry_is_away(
     while serving(again) != [(CHAMPION, "1")]:  # it has gone on asking
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    close(again)
+    again.close()
 
 
 def test_an_alias_that_moves_under_load_fails_nobody(models: Registry, tmp_path: Path) -> None:
@@ -320,4 +315,4 @@ def test_an_alias_that_moves_under_load_fails_nobody(models: Registry, tmp_path:
     for thread in threads:
         thread.join()
     assert not wrong and set(seen) == {"1", "2", "3"}
-    close(lineup)
+    lineup.close()
