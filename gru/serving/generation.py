@@ -4,7 +4,6 @@ The engine's thread feeds the texts; everything else happens on the event loop. 
 """
 
 import asyncio
-import math
 import secrets
 import time
 from collections import deque
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from gru.registry import Bundle, Version
 
 CHUNK_SECONDS = 0.05  # between two chunks of a stream: each costs the proxies more than the token costs us
+GRACE_SECONDS = 5  # that the engine has to end a request whose deadline is over
 STALL_SECONDS = 30  # an engine that has not turned for so long is ill
 
 
@@ -178,6 +178,7 @@ class Generation:
         self._due = 0.0  # when the next chunk may go
         self._timer: asyncio.TimerHandle | None = None
         self._prompts = order.prompts
+        self._until = self._loop.time() + (order.deadline - self.began) + GRACE_SECONDS
         try:
             for prompt in order.prompts:
                 seed = order.params.seed if order.seeded else secrets.randbits(63)
@@ -214,7 +215,7 @@ class Generation:
         self.choices.append(choice)
 
     def _told(self, choice: Choice, end: Finish | Exception | None) -> None:
-        if self.first is None:
+        if self.first is None and not isinstance(end, Exception):
             self.first = time.monotonic() - self.began
         if end is not None:
             choice.finish = end
@@ -238,7 +239,8 @@ class Generation:
 
     @property
     def cached_tokens(self) -> int:
-        return sum(max(choice.request.cached - 1, 0) for choice in self.choices)  # the mark before a document is none
+        firsts = self.choices[:: len(self.choices) // len(self._prompts)]  # the choices of a prompt stand together
+        return sum(max(choice.request.cached - 1, 0) for choice in firsts)  # the mark before a document is none
 
     @property
     def made_tokens(self) -> int:
@@ -249,7 +251,11 @@ class Generation:
         """New parts of choices: at once for the first time, then no more often than CHUNK_SECONDS, except that
         an end does not wait. Raises what ended the engine."""
         while not all(choice.sent_finish for choice in self.choices):
-            await self._changed.wait()
+            try:
+                async with asyncio.timeout_at(self._until):
+                    await self._changed.wait()
+            except TimeoutError:  # the engine itself hangs, or it would have said so
+                raise Expired("the engine did not answer in the time that the request may take") from None
             self._changed.clear()
             if self._timer:
                 self._timer.cancel()
@@ -277,7 +283,3 @@ def failure(error: Exception) -> ApiError:
     if isinstance(error, Expired):
         return ApiError(503, str(error), code="timeout")
     return ApiError(503 if isinstance(error, Closed) else 500, str(error))
-
-
-def deadline(seconds: float) -> float:
-    return time.monotonic() + seconds if math.isfinite(seconds) else math.inf

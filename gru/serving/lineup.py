@@ -53,11 +53,11 @@ class Lineup:
         self._spare: Served | None = None  # the champion before, kept warm: going back to it takes no time
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_following, name="gru-follow", daemon=True)
-        self._refused: dict[str, tuple[float, float]] = {}  # by version: when to try again, and how long it was left
+        self._refused: dict[tuple[str, str], tuple[float, float]] = {}  # when to try again, and how long it was left
 
     def start(self) -> None:
         """Load what the registry names; where nothing comes of that, the last champion that was served here. Raises
-        what stood against it if the registry does not answer and there is none."""
+        what stood against it if there is none: a replica without a model must not get requests."""
         problem: Exception | None = None
         try:
             self.follow()
@@ -66,8 +66,8 @@ class Lineup:
         if not self.models and (kept := self._last_good()):
             log.warning("serving %s version %s, from disk: %s", kept.version.name, kept.version.version, problem)
             self.models = (kept,)
-        if problem and not self.models:
-            raise problem
+        if not self.models:
+            raise problem or Unfit(f"no version of {self._model_name} is @{registry.CHAMPION}, and can be served")
         self._thread.start()
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class Lineup:
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
-        for served in (*self.models, *([self._spare] if self._spare else [])):
+        for served in self._loaded():
             served.engine.close(drain=True)
 
     def _keep_following(self) -> None:
@@ -105,37 +105,44 @@ class Lineup:
 
     def _replace(self, models: list[Served]) -> None:
         before, self.models = self.models, tuple(models)
-        if before and before[0].engine is not models[0].engine:
+        dropped: list[Served] = []
+        if not before or before[0].engine is not models[0].engine:
             log.info("serving %s version %s", models[0].version.name, models[0].version.version)
-            dropped, self._spare = self._spare, before[0]
-        else:
-            dropped = None
-        keeping = {id(served.engine) for served in (*models, *([self._spare] if self._spare else []))}
-        for served in (*before, *([dropped] if dropped else [])):
+            if before and before[0].healthy:
+                before[0].engine.forget_sessions()
+                dropped = [self._spare] if self._spare else []
+                self._spare = before[0]
+            self._note_champion()
+        keeping = {id(served.engine) for served in self._loaded()}
+        for served in (*before, *dropped):
             if id(served.engine) not in keeping:
                 served.engine.close(drain=True)
 
+    def _loaded(self) -> list[Served]:
+        return [*self.models, *([self._spare] if self._spare else [])]
+
     def _served(self, version: Version, alias: str) -> Served | None:
         """That version under this alias: as it is loaded already, or from the registry; None if it is refused."""
-        for loaded in (*self.models, *([self._spare] if self._spare else [])):
-            if loaded.version.version == version.version and loaded.healthy:
+        for loaded in self._loaded():
+            same = loaded.version.version == version.version and version.bundle in ("", loaded.bundle.digest)
+            if same and loaded.healthy:
                 return replace(loaded, version=version, alias=alias)
-        again, waited = self._refused.get(version.version, (0.0, RETRY_SECONDS[0] / 2))
+        key = version.version, version.bundle
+        again, waited = self._refused.get(key, (0.0, RETRY_SECONDS[0] / 2))
         if time.monotonic() < again:
             return None
         try:
             with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
                 files = registry.download_bundle(version, Path(temporary))
                 served = self._proved(registry.load_bundle(files), version, alias)
-                if alias == registry.CHAMPION:
-                    self._keep_on_disk(files, served)
+                self._keep_files(files, served)
         except Exception as error:
             waited = min(2 * waited, RETRY_SECONDS[1])
-            self._refused[version.version] = time.monotonic() + waited, waited
+            self._refused[key] = time.monotonic() + waited, waited
             self.metrics.refused.inc()
             log.error("%s version %s is not taken into service: %s", version.name, version.version, error)
             return None
-        self._refused.pop(version.version, None)
+        self._refused.pop(key, None)
         return served
 
     def _proved(self, bundle: Bundle, version: Version, alias: str) -> Served:
@@ -158,24 +165,38 @@ class Lineup:
             raise
         return Served(engine, bundle, version, alias)
 
-    def _keep_on_disk(self, files: Path, served: Served) -> None:
-        """The last champion and what is needed to serve it. That it cannot be kept is no reason not to serve it."""
-        name = f"{served.version.version}-{served.bundle.digest[:16]}"
+    def _keep_files(self, files: Path, served: Served) -> None:
+        """That they cannot be kept is no reason not to serve."""
+        target = self._directory / folder(served)
+        if target.exists():
+            return
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not (self._directory / name).exists():
-                draft = Path(tempfile.mkdtemp(dir=self._directory, prefix=".draft-"))
+            draft = Path(tempfile.mkdtemp(dir=self._directory, prefix=".draft-"))
+            try:
                 shutil.copytree(files, draft, dirs_exist_ok=True)
-                try:
-                    draft.rename(self._directory / name)
-                except OSError:  # another replica was faster
-                    shutil.rmtree(draft, ignore_errors=True)
-            storage.write_json(str(self._directory / LAST_GOOD), {"bundle": name, "version": asdict(served.version)})
-            for old in self._directory.iterdir():
-                if old.is_dir() and not old.name.startswith(".") and old.name != name:
-                    shutil.rmtree(old, ignore_errors=True)
+                draft.rename(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
         except OSError as error:
-            log.warning("%s is not kept on disk: %s", name, error)
+            if not target.exists():  # else another replica was faster
+                log.warning("%s is not kept on disk: %s", target, error)
+
+    def _note_champion(self) -> None:
+        """Which version on disk is to be served if the registry is away; those that nobody needs are removed."""
+        champion = self.models[0]
+        if not (self._directory / folder(champion)).exists():
+            return
+        try:
+            noted = {"bundle": folder(champion), "version": asdict(champion.version)}
+            storage.write_json(str(self._directory / LAST_GOOD), noted)
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._directory / LAST_GOOD, error)
+            return
+        needed = {folder(served) for served in self._loaded()}
+        for old in self._directory.iterdir():
+            if old.is_dir() and not old.name.startswith(".") and old.name not in needed:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _last_good(self) -> Served | None:
         try:
@@ -187,6 +208,11 @@ class Lineup:
         except Exception as error:
             log.error("what is in %s cannot be served: %s", self._directory, error)
             return None
+
+
+def folder(served: Served) -> str:
+    """Of its files on disk."""
+    return f"{served.version.version}-{served.bundle.digest[:16]}"
 
 
 def prove(engine: Engine, prompt: Sequence[int]) -> None:

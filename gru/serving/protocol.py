@@ -7,17 +7,32 @@ what cannot is refused.
 from typing import Annotated, Any, Literal, NamedTuple
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from gru.config import ServeConfig
 
-UNSUPPORTED = ("suffix", "tools", "functions", "tool_choice", "function_call", "audio", "prediction")
+UNSUPPORTED = (
+    *("suffix", "tools", "functions", "tool_choice", "function_call", "audio", "prediction"),
+    # vLLM's
+    *("min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs"),
+    *("truncate_prompt_tokens", "use_beam_search", "structured_outputs", "chat_template", "continue_final_message"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
+MAX_BIASES = 1024
 MAX_CHARACTERS = 2_000_000  # of all prompts of a request, before it is tokenized
 EXPECTED = {
     "prompt": "expected a string or a list of strings, not token ids",
     "stop": "expected a string or a list of at most 16 strings, each of 1 to 256 characters",
     "messages": "expected a list of {role, content}; role: system, developer, user or assistant; content: text",
 }
+
+
+def bounded(bias: Any) -> Any:
+    """Looked at first: of a long table each wrong entry would become an error of its own."""
+    if isinstance(bias, dict) and len(bias) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens")
+    return bias
+
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -62,7 +77,7 @@ class TextRequest(BaseModel):
     repetition_penalty: float = Field(1.0, ge=0.1, le=10)
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({}, max_length=1024)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(bounded)] = {}
     seed: int | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] = []
     n: int = Field(1, ge=1, le=128)
@@ -129,22 +144,25 @@ class CompletionRequest(TextRequest):
         return Asked(prompts, "prompt", self.max_tokens, self.logprobs, self.stops, self.echo)
 
 
-class TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
+def joined(content: Any) -> Any:
+    """Parts of text as one text. Ends at the first that is none: a long list must not become a long list of errors."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError("expected parts of the type text")
+    return "".join(part["text"] for part in content)
 
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    content: Annotated[str, BeforeValidator(joined)] = Field(
+        description='Text, or [{"type": "text", "text": ...}, ...].'
+    )
 
 
 class ChatRequest(TextRequest):
-    messages: list[Message] = Field(min_length=1, max_length=2048)
+    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=2048)]
     max_tokens: int = Field(256, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -157,7 +175,7 @@ class ChatRequest(TextRequest):
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs = true", "top_logprobs")
         before, after = template.split("{content}")
-        said = "".join(before.replace("{role}", m.role) + m.text + after for m in self.messages)
+        said = "".join(before.replace("{role}", m.role) + m.content + after for m in self.messages)
         return Asked(
             prompts=[said + before.replace("{role}", "assistant")],
             param="messages",

@@ -166,6 +166,10 @@ def test_the_end_of_a_document_is_a_stop(server: Server, client: openai.OpenAI) 
         ({"session_id": "s", "n": 2}, "session_id"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"logit_bias": {str(i): "x" for i in range(50_000)}}, "logit_bias"),
+        ({"logprobs": 20, "n": 4, "max_tokens": 2000}, "logprobs"),
+        ({"logprobs": 0, "echo": True, "max_tokens": 0, "prompt": "x" * 100_001}, "logprobs"),
     ],
 )
 def test_bad_parameters_are_refused_by_name(server: Server, fields: dict[str, Any], param: str) -> None:
@@ -313,6 +317,8 @@ def test_a_chat_is_the_completion_of_its_template(client: openai.OpenAI) -> None
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "pope", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [1] * 100_000}, "messages"),
+        ({"messages": [{"role": "user", "content": [1] * 100_000}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"top_logprobs": 3}, "top_logprobs"),
@@ -404,8 +410,9 @@ def test_a_session_goes_on_without_the_text_sent_again(server: Server, client: o
 
 def test_a_prompt_that_begins_as_another_is_read_from_there(client: openai.OpenAI) -> None:
     usages = [client.completions.create(model="poet", prompt="x" * 300 + end).usage for end in "ab"]
+    usages += [client.completions.create(model="poet", prompt="x" * 300, n=3).usage]
     details = [usage.to_dict()["prompt_tokens_details"] for usage in usages if usage]
-    assert details == [{"cached_tokens": 0}, {"cached_tokens": 255}]
+    assert details == [{"cached_tokens": 0}, {"cached_tokens": 255}, {"cached_tokens": 255}]
 
 
 def test_the_canary_has_its_share_and_keeps_its_users(server: Server, client: openai.OpenAI) -> None:
@@ -422,6 +429,13 @@ def test_the_canary_has_its_share_and_keeps_its_users(server: Server, client: op
     assert set.union(*by_user.values()) == {"3", "4"}
     assert {version(model="poet@champion") for _ in range(10)} == {version(model="poet:3")} == {"3"}
     assert {version(model="poet@challenger") for _ in range(10)} == {version(model="poet:4")} == {"4"}
+    assert [model.id for model in client.models.list().data] == ["poet", "poet@challenger"]
+    assert {client.models.retrieve("poet").to_dict()["version"] for _ in range(20)} == {"3"}
+    dead = server.served[1].engine
+    dead.close(drain=False)
+    assert dead.join(10)
+    assert {version(model="poet") for _ in range(20)} == {"3"}, "a canary that is dead harms nobody"
+    assert httpx.get(f"{server.url}/health").status_code == 200
     server.served[1].engine.close()
 
 

@@ -19,7 +19,7 @@ from gru.corpus.tokenizer import Tokenizer, train
 from gru.model.language_model import GRULanguageModel
 from gru.registry import CHALLENGER, CHAMPION, Version
 from gru.serving.engine import Closed, Request
-from gru.serving.lineup import LAST_GOOD, Lineup
+from gru.serving.lineup import LAST_GOOD, Lineup, Unfit
 from gru.serving.sampling import SamplingParams
 from gru.training.checkpoint import write_digests
 
@@ -225,6 +225,59 @@ def test_a_canary_comes_goes_and_becomes_the_champion(models: Registry, tmp_path
     lineup.close()
 
 
+def test_a_version_of_the_same_number_is_another_if_its_bundle_is(models: Registry, lineup: Lineup) -> None:
+    models.name(models.register())
+    lineup.follow()
+    text = write(lineup)
+    mlflow.MlflowClient().delete_registered_model("poet")
+    again = models.register()
+    models.name(again)
+    lineup.follow()
+    assert again.version == "1" and lineup.models[0].bundle.digest == again.bundle and write(lineup) != text
+
+
+def test_a_champion_that_comes_back_remembers_no_sessions(models: Registry, lineup: Lineup) -> None:
+    def turn() -> bool:
+        done = threading.Event()
+        request = Request([1], SamplingParams(0), 3, lambda token, end: done.set() if end else None, session="s")
+        lineup.models[0].engine.submit(request)
+        assert done.wait(20)
+        return request.resumed
+
+    one, two = models.register(), models.register()
+    models.name(one)
+    lineup.follow()
+    assert [turn(), turn()] == [False, True]
+    for version in (two, one):
+        models.name(version)
+        lineup.follow()
+        assert [turn(), turn()] == [False, True]  # it has missed what was said meanwhile
+
+
+def test_a_dead_champion_is_no_spare(models: Registry, lineup: Lineup) -> None:
+    one, two = models.register(), models.register()
+    models.name(one)
+    lineup.follow()
+    first = lineup.models[0].engine
+    models.name(two)
+    lineup.follow()
+    dead = lineup.models[0].engine
+    dead.close(drain=False)
+    assert dead.join(10)
+    lineup.follow()
+    models.name(one)
+    lineup.follow()
+    assert lineup.models[0].engine is first
+
+
+def test_a_replica_without_a_model_does_not_start(models: Registry, tmp_path: Path) -> None:
+    bad = models.register()
+    spoil(models, bad, "a flipped bit")
+    models.name(bad)
+    with pytest.raises(Unfit):
+        Lineup(SERVE, "poet", tmp_path / "kept").start()
+
+
 def test_a_dead_engine_is_replaced(models: Registry, lineup: Lineup) -> None:
     models.name(models.register())
     lineup.follow()
@@ -245,7 +298,12 @@ def test_it_starts_from_disk_while_the_registry_is_away(
         lineup.follow()
     text = write(lineup)
     kept = tmp_path / "kept" / "poet"
-    assert len([path for path in kept.iterdir() if path.is_dir()]) == 1, "only the newest is kept"
+    for version in (models.register(), one, two):  # back to one, and forth
+        models.name(version)
+        lineup.follow()
+        assert storage.read_json(str(kept / LAST_GOOD))["version"]["version"] == version.version
+    assert write(lineup) == text
+    assert len([path for path in kept.iterdir() if path.is_dir()]) == 2, "the champion and the one before"
     there = mlflow.get_tracking_uri()
     tracking.connect_impatiently("http://127.0.0.1:9")  # nobody answers there
     with pytest.raises(Exception):  # noqa: B017  # of whatever library
