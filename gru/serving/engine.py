@@ -82,8 +82,8 @@ class Request:
     """Of each token made; there before the token is told."""
     prompt_logprobs: list[Logprobs] = field(default_factory=list, init=False)
     """Of each token of the prompt; complete before the first token is told."""
-    resumed: bool = field(default=False, init=False)
-    """Whether it goes on with a session."""
+    resumed: int = field(default=0, init=False)
+    """Tokens of the session that it goes on from."""
     cached: int = field(default=0, init=False)
     """Tokens that need not be read, since the state after them was there."""
     read: int = field(default=0, init=False)
@@ -285,7 +285,7 @@ class Engine:
         if request.session is not None:
             if saved := self.cache.get(request._session_key):
                 assert saved.last is not None
-                request.resumed = True
+                request.resumed = saved.tokens
                 request._inputs[0] = saved.last
         elif longest := next((n for n in range(len(request._keys), 0, -1) if request._keys[n - 1] in self.cache), 0):
             saved = self.cache.get(request._keys[longest - 1])
@@ -391,7 +391,8 @@ class Engine:
 
     def _keep_session(self, request: Request, state_L1H: Tensor) -> None:
         if request.session is not None and request._finished:
-            self.cache.put(request._session_key, state_L1H, request._last)
+            tokens = request.resumed + len(request.prompt) + request.made
+            self.cache.put(request._session_key, state_L1H, request._last, tokens)
 
 
 def to_numpy(logits: Tensor) -> NDArray[np.float32]:

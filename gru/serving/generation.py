@@ -229,9 +229,9 @@ class Generation:
             self._engine.cancel(choice.request)
 
     @property
-    def resumed(self) -> bool:
-        """Whether it goes on with a session; known from the first part on."""
-        return any(choice.request.resumed for choice in self.choices)
+    def resumed(self) -> int:
+        """Tokens of the session that it goes on from; known from the first part on."""
+        return sum(choice.request.resumed for choice in self.choices)
 
     @property
     def prompt_tokens(self) -> int:

@@ -38,8 +38,10 @@ class Reply:
         }
 
     def head(self, kind: str) -> dict[str, Any]:
-        session = {"session": {"id": self._session, "resumed": self.generation.resumed}} if self._session else {}
-        return {**self._fixed, "object": kind, **session}
+        head = {**self._fixed, "object": kind}
+        if self._session:
+            head["session"] = {"id": self._session, "resumed_tokens": self.generation.resumed}
+        return head
 
     @property
     def usage(self) -> dict[str, Any]:

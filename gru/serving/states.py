@@ -16,6 +16,8 @@ class Saved(NamedTuple):
     state_L1H: Tensor
     last: int | None
     """A token that the state has not read yet: the newest one of a text."""
+    tokens: int
+    """How many led to it, that one included."""
 
 
 class StateCache:
@@ -37,13 +39,13 @@ class StateCache:
             self._saved.move_to_end(key)
         return self._saved.get(key)
 
-    def put(self, key: bytes, state_L1H: Tensor, last: int | None = None) -> None:
+    def put(self, key: bytes, state_L1H: Tensor, last: int | None = None, tokens: int = 0) -> None:
         """Keep a copy of a state."""
         if state_L1H.nbytes > self.most_bytes:
             return
         if (old := self._saved.pop(key, None)) is not None:
             self.bytes -= old.state_L1H.nbytes
-        self._saved[key] = Saved(state_L1H.clone(), last)
+        self._saved[key] = Saved(state_L1H.clone(), last, tokens)
         self.bytes += state_L1H.nbytes
         while self.bytes > self.most_bytes:
             self.bytes -= self._saved.popitem(last=False)[1].state_L1H.nbytes

@@ -242,7 +242,7 @@ def test_a_champion_that_comes_back_remembers_no_sessions(models: Registry, line
         request = Request([1], SamplingParams(0), 3, lambda token, end: done.set() if end else None, session="s")
         lineup.models[0].engine.submit(request)
         assert done.wait(20)
-        return request.resumed
+        return request.resumed > 0
 
     one, two = models.register(), models.register()
     models.name(one)

@@ -13,10 +13,10 @@ def test_the_least_recently_used_are_forgotten_and_bytes_are_bounded() -> None:
     cache.put(b"d", STATE)
     assert [key in cache for key in (b"a", b"b", b"c", b"d")] == [True, False, True, True]
     assert cache.bytes == 3 * STATE.nbytes and len(cache) == 3
-    cache.put(b"a", STATE, last=7)
+    cache.put(b"a", STATE, last=7, tokens=9)
     assert cache.bytes == 3 * STATE.nbytes
     saved = cache.get(b"a")
-    assert saved is not None and saved.last == 7
+    assert saved is not None and (saved.last, saved.tokens) == (7, 9)
     cache.put(b"huge", torch.zeros(2, 1, 1000))
     assert b"huge" not in cache and len(cache) == 3
 
