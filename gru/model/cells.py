@@ -29,7 +29,7 @@ class LSTM(nn.Module):
     """torch.nn.LSTM with Xavier-uniform input projections, orthogonal recurrent matrices and an open forget gate.
 
     Its state is h and c side by side. With bf16 products it runs under autocast, on CPUs too: oneDNN's is the faster
-    one there.
+    one there. On those for which oneDNN has none in bf16 (without AVX-512), products are fp32.
     """
 
     def __init__(self, input_size: int, hidden_size: int, products: torch.dtype = torch.float32) -> None:
@@ -44,7 +44,8 @@ class LSTM(nn.Module):
         """The hidden state after each time step [T, B, H]; h and c after the last one [B, 2 H]."""
         h_BH, c_BH = state_BS.chunk(2, dim=1)
         state = (h_BH.contiguous().unsqueeze(0), c_BH.contiguous().unsqueeze(0))
-        with torch.autocast(x_TBE.device.type, self.products, enabled=self.products != x_TBE.dtype):
+        rounded = self.products != x_TBE.dtype and has_lstm_in_bf16(x_TBE.device)
+        with torch.autocast(x_TBE.device.type, self.products, enabled=rounded):
             out_TBH, (h_1BH, c_1BH) = self.lstm(x_TBE, state)
         return out_TBH.to(x_TBE.dtype), torch.cat([h_1BH[0], c_1BH[0]], dim=1).to(x_TBE.dtype)
 
@@ -124,6 +125,10 @@ def scan_block(gate_TBH: Tensor, candidate_TBH: Tensor, h_BH: Tensor) -> Tensor:
     logs_TBH = torch.where(candidate_TBH >= 0, above_TBH, F.logsigmoid(candidate_TBH))
     sums_TBH = torch.logcumsumexp(F.logsigmoid(gate_TBH) + logs_TBH - kept_TBH, dim=0)
     return kept_TBH.exp() * h_BH + (kept_TBH + sums_TBH).exp()
+
+
+def has_lstm_in_bf16(device: torch.device) -> bool:
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def initialise(layer: nn.RNNBase, gates: int) -> None:

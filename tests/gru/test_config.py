@@ -1,8 +1,10 @@
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from gru.config import PipelineConfig, content_key, describe, load
 from gru.errors import UserError
@@ -74,13 +76,19 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load(write(tmp_path / "empty.toml", ""))
 
 
-def test_every_key_is_described() -> None:
+def keys(record: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in record.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_every_key_is_described_under_its_section() -> None:
     text = describe()
-    for section, field in PipelineConfig.model_fields.items():
-        names = getattr(field.annotation, "model_fields", None)
-        for name in names or [section]:
-            key = f"{section}.{name}" if names else name
-            assert re.search(rf"^  {re.escape(key)}: .+\n      \S.+$", text, re.MULTILINE), key
+    for key in keys(PipelineConfig):
+        assert re.search(rf"^  {re.escape(key)}: .+\n      \S.+$", text, re.MULTILINE), key
+    assert {"[corpus]", "[serve]", "[serve.canary]"} <= set(text.splitlines())
 
 
 def test_keys_differ_with_what_goes_in_and_only_then(minimal: Path) -> None:

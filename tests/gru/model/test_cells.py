@@ -14,7 +14,7 @@ from gru.config import Cell, ModelConfig, TrainConfig
 from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.model.cells import CELLS, LSTM, RNN, MinGRU, recur, scan
 from gru.model.language_model import GRULanguageModel
-from gru.serving.engine import Engine
+from gru.serving.engine import Engine, Request
 from gru.serving.sampling import SamplingParams
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
@@ -184,7 +184,7 @@ def test_a_model_of_it_serves_the_same_text_at_any_width(name: Cell) -> None:
             return receive
 
         for index in chosen:
-            engine.submit(prompts[index], SamplingParams(temperature=1.0, seed=index), 40, receiver(index))
+            engine.submit(Request(prompts[index], SamplingParams(temperature=1.0, seed=index), 40, receiver(index)))
         assert all(end.wait(60) for end in ends.values())
         return texts
 

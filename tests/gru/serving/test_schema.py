@@ -39,4 +39,4 @@ def test_no_request_makes_a_server_error(url: str) -> None:
 
         check()
     for path in ("completions", "chat/completions"):
-        assert asked[f"POST /v1/{path} 200"] >= 5, asked  # sense was among it
+        assert asked[f"POST /v1/{path} 200"], asked  # sense was among it
