@@ -22,6 +22,7 @@ from gru.config import EvaluateConfig
 from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import stream_batches
 from gru.corpus.tokenizer import Tokenizer
+from gru.model.decoder import decoder_for
 from gru.model.language_model import GRULanguageModel
 from gru.model.transformer import Transformer
 from gru.ngram import NGramModel
@@ -234,7 +235,8 @@ def sample_ids(
     model: GRULanguageModel, tokenizer: Tokenizer, prompt: str, tokens: int, params: Sequence[SamplingParams]
 ) -> list[list[int]]:
     """At most `tokens` tokens after the prompt for each of `params`."""
-    engine = Engine(model, tokenizer.end_of_text, slots=min(max(4, len(params)), SLOTS), max_queue=len(params))
+    slots = min(max(1, len(params)), SLOTS)
+    engine = Engine(decoder_for(model), tokenizer.end_of_text, slots, max_queue=len(params))
     try:
         pending = []
         for each in params:

@@ -1,26 +1,18 @@
-"""recurrence.c as functions of tensors: compiled by the machine's C compiler when it is first needed, and kept.
+"""recurrence.c as functions of tensors.
 
 It knows the shapes of what recurrence.c reads and writes, and nothing of autograd. "Factors" are what matrix products
 multiply, in bf16 or fp32; all else is fp32. T time, B lanes, H hidden width; nH: n blocks of H side by side.
 """
 
 import ctypes
-import hashlib
 import logging
-import os
-import re
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("recurrence.c")
-# OpenMP's threads are then torch's own: one libgomp is loaded.
-COMPILE = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-fopenmp"]
+from gru.model import compiled
 
 log = logging.getLogger(__name__)
 
@@ -55,42 +47,17 @@ def kernel_for(hidden: int, factors: torch.dtype, like: Tensor) -> Kernel | None
 def kernel(factors: torch.dtype) -> Kernel | None:
     """None, with the reason logged, where there is no compiler or the processor does not suit."""
     try:
-        processor = _processor()
         flags = []
         if factors is torch.bfloat16:
-            if "avx512_bf16" not in processor.split() or "amx_bf16" in processor.split():
+            instructions = compiled.instructions().split()
+            if "avx512_bf16" not in instructions or "amx_bf16" in instructions:
                 raise OSError("bf16 is multiplied by AVX512-BF16 where there is no AMX")  # which torch uses
             flags.append("-DBF16")
-        library = ctypes.CDLL(str(_compiled(flags, processor)))
+        library = compiled.library("recurrence.c", *flags)
     except OSError as reason:
         log.info("torch computes the recurrence in %s, which is slower than recurrence.c: %s", factors, reason)
         return None
-    return Kernel(library, *(ctypes.c_int64.in_dll(library, name).value for name in ("width", "units")))
-
-
-def _processor() -> str:
-    """The instruction sets that this processor has: code for one may not run on another of the same home directory."""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else ""
-
-
-def _compiled(flags: list[str], processor: str) -> Path:
-    command = [*COMPILE, *flags, str(SOURCE), "-o"]
-    name = hashlib.sha256(SOURCE.read_bytes() + f"{COMPILE} {flags} {processor}".encode()).hexdigest()[:16]
-    directory = Path.home() / ".cache" / "gru-pipeline"
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to
-        directory = Path(tempfile.mkdtemp(prefix="gru-pipeline-"))
-    path = directory / f"recurrence-{name}.so"
-    if not path.exists():
-        draft = path.with_suffix(f".{os.getpid()}")
-        done = subprocess.run([*command, str(draft)], capture_output=True, text=True)
-        if done.returncode:
-            draft.unlink(missing_ok=True)
-            raise OSError(f"{COMPILE[0]} ended with status {done.returncode}: {done.stderr.strip()}")
-        draft.rename(path)
-    return path
+    return Kernel(library, *(compiled.constant(library, name) for name in ("width", "units")))
 
 
 def forward(

@@ -25,13 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gru.model.decoder import Decoder
 from gru.model.language_model import GRULanguageModel
 from gru.serving.sampling import Draw, History, Logprobs, SamplingParams, logprobs, sample
 from gru.serving.states import StateCache, prefix_keys, session_key
 
 CHUNK = 64  # prompt tokens read between two steps: about as long as a few steps
 KEPT_CHUNKS = 64  # of a prompt: the states after the first ones are kept, and the one after the last
-SMALLEST_WIDTH = 4  # matrix products over fewer rows take another path and round differently
+SMALLEST_FULL_WIDTH = 4  # libraries multiply fewer rows in another way, and would round differently with fewer slots
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Engine:
 
     def __init__(
         self,
-        model: GRULanguageModel,
+        model: Decoder | GRULanguageModel,
         end_of_text: int,
         slots: int,
         max_queue: int,
@@ -147,7 +148,7 @@ class Engine:
         self._model = model
         self._end_of_text = end_of_text
         self._slots = slots
-        full_width = max(SMALLEST_WIDTH, 1 << (slots - 1).bit_length())
+        full_width = max(SMALLEST_FULL_WIDTH, 1 << (slots - 1).bit_length())
         with torch.inference_mode():
             self._widths = reproducible_widths(model, full_width)
             self._state_LSH = model.initial_state(full_width)
@@ -408,8 +409,8 @@ def deliver(request: Request, token: int | None, end: Finish | Exception | None)
         request.over = True
 
 
-def reproducible_widths(model: GRULanguageModel, full_width: int) -> list[int]:
-    """The powers of two from 4 up that give each row, wherever it is, the bits that full_width gives it.
+def reproducible_widths(model: Decoder | GRULanguageModel, full_width: int) -> list[int]:
+    """The powers of two that give each row, wherever it is, the bits that full_width gives it.
 
     Libraries choose kernels by shape, so this differs between machines. full_width is always among them.
     It also warms the model up.
@@ -426,7 +427,7 @@ def reproducible_widths(model: GRULanguageModel, full_width: int) -> list[int]:
         rows = order[:width]
         return torch.equal(logits, logits_TSV[:, rows]) and torch.equal(after, after_LSH[:, rows])
 
-    powers = [1 << n for n in range(2, full_width.bit_length())]
+    powers = [1 << n for n in range(full_width.bit_length())]
     widths = [width for width in powers if all(same(width) for _ in range(3))]
     if full_width not in widths:
         log.warning("rows of a batch of %d depend on their place here: seeds may not reproduce", full_width)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gru import registry, storage
 from gru.config import ServeConfig
+from gru.model.decoder import decoder_for
 from gru.registry import Bundle, Version
 from gru.serving.engine import Engine, Finish, Request
 from gru.serving.generation import Served
@@ -151,7 +152,7 @@ class Lineup:
             raise Unfit(f"its files have the digest {bundle.digest}, and it was registered with {version.bundle}")
         config, tokenizer = self._config, bundle.tokenizer
         engine = Engine(
-            bundle.model,
+            decoder_for(bundle.model),
             tokenizer.end_of_text,
             config.slots,
             config.max_queue,

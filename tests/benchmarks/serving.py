@@ -27,6 +27,7 @@ from gru import registry, tracking
 from gru.config import CorpusConfig, ModelConfig, ServeConfig, TokenizerConfig
 from gru.corpus import sources, tokenizer
 from gru.corpus.documents import Report, documents
+from gru.model.decoder import decoder_for
 from gru.model.language_model import GRULanguageModel
 from gru.network import free_port
 from gru.serving import deployment
@@ -60,7 +61,7 @@ def model() -> GRULanguageModel:
 
 def engine_rate(streams: int, tokens: int) -> float:
     """Tokens/s of so many streams at a time, from the first step with all of them on."""
-    engine = Engine(model(), END, streams, streams)
+    engine = Engine(decoder_for(model()), END, streams, streams)
     left, done = [streams], threading.Event()
 
     def receive(token: int | None, end: Finish | Exception | None) -> None:
