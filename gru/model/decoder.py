@@ -7,13 +7,16 @@ S streams, L layers, E embedding, H hidden width, V vocabulary.
 import ctypes
 import logging
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gru.model import compiled
+from gru import compiled
 from gru.model.language_model import Block, GRULanguageModel
+
+SOURCE = Path(__file__).with_name("decoder.c")
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +133,7 @@ def decoder_for(model: GRULanguageModel) -> Decoder | GRULanguageModel:
 @cache
 def _library() -> ctypes.CDLL | None:
     try:
-        return compiled.library("decoder.c")
+        return compiled.library(SOURCE)
     except OSError as reason:
         log.info("torch serves, which is slower than decoder.c: %s", reason)
         return None

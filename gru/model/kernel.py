@@ -7,12 +7,15 @@ multiply, in bf16 or fp32; all else is fp32. T time, B lanes, H hidden width; nH
 import ctypes
 import logging
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gru.model import compiled
+from gru import compiled
+
+SOURCE = Path(__file__).with_name("recurrence.c")
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ def kernel(factors: torch.dtype) -> Kernel | None:
             if "avx512_bf16" not in instructions or "amx_bf16" in instructions:
                 raise OSError("bf16 is multiplied by AVX512-BF16 where there is no AMX")  # which torch uses
             flags.append("-DBF16")
-        library = compiled.library("recurrence.c", *flags)
+        library = compiled.library(SOURCE, *flags)
     except OSError as reason:
         log.info("torch computes the recurrence in %s, which is slower than recurrence.c: %s", factors, reason)
         return None

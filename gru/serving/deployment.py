@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -30,6 +31,8 @@ IN_FLIGHT = "tokens_in_flight"
 CPUS = 0.5  # logical: what is left on a small machine is for the other stages
 THREADS = 1  # a step is too small to share; the other cores are for HTTP, and for other replicas
 
+SWITCH_SECONDS = 5e-4
+
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +43,7 @@ class Generator:
         _stay_on_loopback()
         _log_requests()
         torch.set_num_threads(THREADS)
+        sys.setswitchinterval(SWITCH_SECONDS)
         tracking.connect_impatiently(tracking_uri)
         self._config = config
         self._lineup = Lineup(config, model_name, Path.home() / ".cache" / "gru-pipeline" / "served")

@@ -19,7 +19,10 @@ from gru.serving.text import TextStream
 if TYPE_CHECKING:
     from gru.registry import Bundle, Version
 
-CHUNK_SECONDS = 0.05  # between two chunks of a stream: each costs the proxies more than the token costs us
+CHUNK_SECONDS = (0.05, 1.0)  # between two chunks of a stream, at least and, but for slow tokens, at most
+CHUNKS_A_SECOND = (
+    300  # of all streams: in Serve and its proxy each costs a millisecond, several times what a token does
+)
 GRACE_SECONDS = 5  # that the engine has to end a request whose deadline is over
 STALL_SECONDS = 30  # an engine that has not turned for so long is ill
 
@@ -247,9 +250,15 @@ class Generation:
         """Up to and with a stop string; marks of a document's ends not counted."""
         return sum(choice.tokens for choice in self.choices)
 
+    @property
+    def _pause(self) -> float:
+        """Seconds between two chunks."""
+        least, most = CHUNK_SECONDS
+        return min(max(least, self._engine.active / CHUNKS_A_SECOND), most)
+
     async def parts(self) -> AsyncIterator[list[Part]]:
-        """New parts of choices: at once for the first time, then no more often than CHUNK_SECONDS, except that
-        an end does not wait. Raises what ended the engine."""
+        """New parts of choices: at once for the first time, then the less often the more streams there are, except
+        that an end does not wait. Raises what ended the engine."""
         while not all(choice.sent_finish for choice in self.choices):
             try:
                 async with asyncio.timeout_at(self._until):
@@ -265,7 +274,7 @@ class Generation:
                     raise choice.finish
             ready = [choice for choice in self.choices if choice.ready]
             if ready:
-                self._due = self._loop.time() + CHUNK_SECONDS
+                self._due = self._loop.time() + self._pause
                 yield [choice.take() for choice in ready]
 
     async def whole(self) -> list[Part]:

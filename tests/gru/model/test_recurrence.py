@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gru import compiled as compiled_code
 from gru.model import kernel
 from gru.model.recurrence import GRU
 
@@ -222,7 +223,7 @@ def test_without_a_compiler_torch_computes_the_steps_and_the_log_says_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(kernel, "COMPILE", command)
+    monkeypatch.setattr(compiled_code, "COMPILE", command)
     with caplog.at_level("INFO"):
         assert kernel.kernel.__wrapped__(torch.float32) is None
     assert "torch computes the recurrence" in caplog.text
@@ -237,7 +238,7 @@ def test_it_is_compiled_once_and_also_where_the_home_is_read_only(
     assert kernel.kernel.__wrapped__(torch.float32) is not None
     [made] = tmp_path.rglob("*.so")
     with monkeypatch.context() as patch:
-        patch.setattr(kernel.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+        patch.setattr(compiled_code.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
         assert kernel.kernel.__wrapped__(torch.float32) is not None
     assert list(made.parent.iterdir()) == [made]
     (tmp_path / "file").touch()

@@ -4,11 +4,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pytest
 
+from gru.serving import sampling
 from gru.serving.sampling import (
     Draw,
     History,
     SamplingParams,
     choice_seed,
+    draw_compiled,
+    draw_plainly,
     exclude_unlikely,
     gumbel_noise,
     logprobs,
@@ -93,11 +96,27 @@ def test_a_row_is_drawn_the_same_in_any_batch() -> None:
 def test_noise_does_not_repeat_between_positions_seeds_and_choices() -> None:
     keys = {mix(mix(seed) + position) for seed in range(100) for position in range(100)}
     assert len(keys) == 10_000
-    noise = gumbel_noise(sorted(keys)[:1000], V)
+    noise = np.stack([gumbel_noise(key, V) for key in sorted(keys)[:1000]])
     assert noise.shape == (1000, V) and np.isfinite(noise).all()
     assert abs(noise.mean() - np.euler_gamma) < 0.03
     assert choice_seed(5, 0) == 5
     assert len({choice_seed(seed, i) for seed in range(50) for i in range(50)}) == 2500
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 37, 5000])
+@pytest.mark.parametrize("scale", [0.0, 2.0, 50.0])
+def test_the_compiled_draw_is_the_plain_one(vocab_size: int, scale: float) -> None:
+    chance = np.random.default_rng(0)
+    wider = (chance.normal(size=(300, vocab_size + 3)) * scale).astype(np.float32)
+    rows = wider[:, :vocab_size]  # not contiguous, as the decoder gives them
+    rows[:, ::5] = -np.inf
+    rows[:, vocab_size // 2] = 0
+    seeds, positions = (chance.integers(0, 1 << 63, 300).astype(np.uint64) for _ in range(2))
+    temperatures = chance.uniform(0.01, 3, 300)
+    library = sampling._library()
+    assert library is not None, "this machine has a compiler"
+    arguments = rows, temperatures, seeds, positions
+    assert draw_compiled(library, *arguments).tolist() == draw_plainly(*arguments).tolist()
 
 
 def test_any_integer_is_a_seed() -> None:

@@ -8,13 +8,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-DIRECTORY = Path(__file__).parent
 # OpenMP's threads are then torch's own: one libgomp is loaded.
 COMPILE = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-fopenmp"]
 
 
-def library(source: str, *flags: str) -> ctypes.CDLL:
-    """That file of this directory. Raises OSError, which says why, where it cannot be had."""
+def library(source: Path, *flags: str) -> ctypes.CDLL:
+    """What that file has. Raises OSError, which says why, where it cannot be had."""
     return ctypes.CDLL(str(_compiled(source, [*COMPILE, *flags])))
 
 
@@ -28,21 +27,19 @@ def instructions() -> str:
     return found[1] if found else ""
 
 
-def _compiled(source: str, command: list[str]) -> Path:
+def _compiled(source: Path, command: list[str]) -> Path:
     digest = hashlib.sha256(f"{command} {instructions()}".encode())  # other processors may share a home directory
-    for path in (DIRECTORY / source, *sorted(DIRECTORY.glob("*.h"))):
+    for path in (source, *sorted(source.parent.glob("*.h"))):
         digest.update(path.read_bytes())
     directory = Path.home() / ".cache" / "gru-pipeline"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written to
         directory = Path(tempfile.mkdtemp(prefix="gru-pipeline-"))
-    path = directory / f"{Path(source).stem}-{digest.hexdigest()[:16]}.so"
+    path = directory / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
         draft = path.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(
-            [*command, str(DIRECTORY / source), "-o", str(draft), "-lm"], capture_output=True, text=True
-        )
+        done = subprocess.run([*command, str(source), "-o", str(draft), "-lm"], capture_output=True, text=True)
         if done.returncode:
             draft.unlink(missing_ok=True)
             raise OSError(f"{command[0]} ended with status {done.returncode}: {done.stderr.strip()}")
