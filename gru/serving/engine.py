@@ -32,6 +32,7 @@ from gru.serving.states import StateCache, prefix_keys, session_key
 
 CHUNK = 64  # prompt tokens read between two steps: about as long as a few steps
 KEPT_CHUNKS = 64  # of a prompt: the states after the first ones are kept, and the one after the last
+LARGEST_WIDTH = 256  # rows that are computed at once; more gain nothing, and take memory
 SMALLEST_FULL_WIDTH = 4  # libraries multiply fewer rows in another way, and would round differently with fewer slots
 
 log = logging.getLogger(__name__)
@@ -148,11 +149,11 @@ class Engine:
         self._model = model
         self._end_of_text = end_of_text
         self._slots = slots
-        full_width = max(SMALLEST_FULL_WIDTH, 1 << (slots - 1).bit_length())
+        full_width = min(max(SMALLEST_FULL_WIDTH, 1 << (slots - 1).bit_length()), LARGEST_WIDTH)
         with torch.inference_mode():
             self._widths = reproducible_widths(model, full_width)
-            self._state_LSH = model.initial_state(full_width)
-            self._tokens_TS = torch.full((1, full_width), end_of_text, device=self._state_LSH.device)
+            self._state_LSH = model.initial_state(math.ceil(slots / full_width) * full_width)
+            self._tokens_TS = torch.full_like(self._state_LSH[:1, :, 0], end_of_text, dtype=torch.int64)
         self._rows: list[Request] = []  # row i of the state belongs to the i-th
         self._reading: deque[Request] = deque()  # they will be rows
         self._queue: deque[Request] = deque()
@@ -257,8 +258,9 @@ class Engine:
                 self._reading.append(begun[-1])
         for request in begun:
             self._begin(request)
-        if self._rows:
-            news += self._step(self._rows)
+        for start in range(0, len(self._rows), self._widths[-1]):
+            news += self._step(start, self._rows[start : start + self._widths[-1]])
+        self.steps += bool(self._rows)
         news += self._read()
         with self._condition:
             self._settle()
@@ -293,14 +295,15 @@ class Engine:
             request.read = request.cached = longest * CHUNK
         request._state = saved.state_L1H if saved else self._model.initial_state(1)
 
-    def _step(self, rows: list[Request]) -> list[News]:
-        """One token for each row."""
-        width = next(width for width in self._widths if width >= len(rows))
-        self._tokens_TS[0, : len(rows)] = torch.tensor([request._last for request in rows])
-        x_TSE, state_LSH = self._model.features(self._tokens_TS[:, :width], self._state_LSH[:, :width])
-        self._state_LSH[:, :width] = state_LSH
-        self.steps += 1
-        return self._accept(rows, to_numpy(self._model.logits(x_TSE)[0, : len(rows)]))
+    def _step(self, start: int, requests: list[Request]) -> list[News]:
+        """One token for each of these, whose rows begin at `start`."""
+        width = next(width for width in self._widths if width >= len(requests))
+        tokens_TS = self._tokens_TS[:, start : start + width]
+        state_LSH = self._state_LSH[:, start : start + width]
+        tokens_TS[0, : len(requests)] = torch.tensor([request._last for request in requests])
+        x_TSE, after_LSH = self._model.features(tokens_TS, state_LSH)
+        state_LSH.copy_(after_LSH)
+        return self._accept(requests, to_numpy(self._model.logits(x_TSE)[0, : len(requests)]))
 
     def _read(self) -> list[News]:
         """About a chunk of prompts, by turns; where one ends, its first token."""

@@ -233,17 +233,21 @@ def registered() -> Iterator[str]:
             ray.shutdown()
 
 
+def url_of(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
 def serve(uri: str, port: int, slots: int) -> str:
     config = ServeConfig(port=port, slots=slots, max_queue=2 * slots, max_tokens_in_flight=1 << 30)
     deployment.deploy(config, NAME, uri)
-    url = f"http://127.0.0.1:{port}"
+    url = url_of(port)
     deployment.wait_ready(url, "1", 120)
     load(throughput, url, 8, 20)  # warm
     return url
 
 
-def serve_constant(tokens_an_event: int) -> str:
-    """An app that has nothing to compute: as many events as we would send, as fast as they go."""
+def serve_constant(tokens_an_event: int, pause: float = 0) -> str:
+    """An app that has nothing to compute: as many events as we would send, as fast as they go or so far apart."""
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
     from ray import serve
@@ -259,21 +263,29 @@ def serve_constant(tokens_an_event: int) -> str:
         async def events() -> AsyncIterator[str]:
             for _ in range(body["max_tokens"] // tokens_an_event):
                 yield event
+                await asyncio.sleep(pause)
             yield f"data: {json.dumps(usage)}\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    constant = serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0.5})(
+    constant = serve.deployment(max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0.5})(
         serve.ingress(app)(type("Constant", (), {}))
     )
     serve.run(constant.bind(), name="constant", route_prefix="/constant")
     return "/constant"
 
 
-def replica_memory() -> float:
+def replica_memory(app: str) -> float:
     """MB of the process that serves."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if "ServeReplica:gru:Generator" in " ".join(p.info["cmdline"])]
+    found = [p for p in psutil.process_iter(["cmdline"]) if f"ServeReplica:{app}:" in " ".join(p.info["cmdline"])]
     return max(process.memory_info().rss for process in found) / 1e6
+
+
+def growth(app: str, url: str, streams: int, tokens: int) -> tuple[float, float]:
+    """How many streams failed, and by how many MB the replica grew."""
+    before = replica_memory(app)
+    found = load(open_streams, url, streams, tokens)
+    return found["failed"] + (streams - found["begun"]), replica_memory(app) - before
 
 
 def main() -> None:
@@ -308,11 +320,13 @@ def main() -> None:
                 busy["p99"] / idle["p99"],
             )
         if "streams" in only:
-            url = serve(uri, port, 2048)
-            before = replica_memory()
-            found = load(open_streams, url, 2000, 40)
-            grown = replica_memory() - before
-            show("2,000 open streams", f"{found['failed']:.0f} failed, the replica grew by {grown:.0f} MB")
+            failed, ours = growth("gru", serve(uri, port, 2048), 2000, 40)
+            _, theirs = growth("constant", url_of(port) + serve_constant(4, pause=3), 2000, 40)
+            show(
+                "2,000 open streams",
+                f"{failed:.0f} failed; the replica grew by {ours:.0f} MB, constant text {theirs:.0f}",
+                ours / theirs,
+            )
 
 
 if __name__ == "__main__":
