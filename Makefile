@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[dev,bench]' >&2
-	$(BIN)/python -m tests.benchmarks.overview
+	$(BIN)/python -m tests.benchmarks.encoding
 	$(BIN)/python -m tests.benchmarks.prepare
 	$(BIN)/python -m tests.benchmarks.model
 	$(BIN)/python -m tests.benchmarks.training

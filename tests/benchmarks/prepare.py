@@ -26,7 +26,7 @@ from gru.corpus.documents import Report, documents
 from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.corpus.prepare import prepare
 from jobs import entry
-from tests.benchmarks.overview import show
+from tests.benchmarks.encoding import show
 
 TEMPLATE = "{title}\n{author}\n{text}"
 OTHERS_BYTES = 16_000_000

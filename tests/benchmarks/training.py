@@ -22,7 +22,7 @@ from gru.corpus.dataset import Dataset
 from gru.corpus.prepare import prepare
 from gru.training.trainer import train
 from jobs import entry
-from tests.benchmarks.overview import show
+from tests.benchmarks.encoding import show
 
 PRESET = configuration.load(Path(__file__).parents[2] / "pipelines" / "configs" / "quickstart.toml")
 SHORT = 120

@@ -1,0 +1,49 @@
+"""How fast text becomes tokens, next to the tokenizers library.
+
+python -m tests.benchmarks.encoding
+"""
+
+import time
+from collections.abc import Callable
+
+from gru.config import CorpusConfig, TokenizerConfig
+from gru.corpus import sources
+from gru.corpus.documents import Report, documents
+from gru.corpus.tokenizer import Tokenizer, train
+
+
+def rate(amount: float, work: Callable[[], object]) -> float:
+    """Amount per second, once: both sides remember words."""
+    started = time.perf_counter()
+    work()
+    return amount / (time.perf_counter() - started)
+
+
+def encoding() -> None:
+    corpus = CorpusConfig(sources=["python-stdlib"])
+    [partition] = sources.plan(sources.list_files(corpus), corpus)
+    texts = [text for span in partition for text in documents(span, corpus, Report())]
+    tokenizer = train(TokenizerConfig(kind="bpe", vocab_size=4096), texts)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    tokenizer.encode("")  # loads
+    ours = rate(megabytes, lambda: tokenizer.encode_batch(texts))
+    reference = reference_encoder(tokenizer)
+    theirs = rate(megabytes, lambda: reference(texts))
+    show("encoding, MB/s", f"{tokenizer.backend}", ours, "tokenizers", theirs)
+
+
+def reference_encoder(tokenizer: Tokenizer) -> Callable[[list[str]], object]:
+    from tokenizers import Tokenizer as Reference
+
+    return Reference.from_str(tokenizer.json.decode()).encode_batch_fast
+
+
+def show(what: str, first: str, first_rate: float, second: str, second_rate: float, digits: int = 1) -> None:
+    print(
+        f"{what:28} {first} {first_rate:,.1f}, {second} {second_rate:,.1f}: {first_rate / second_rate:.{digits}f} x",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    encoding()
