@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,16 +16,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gru import storage
-from gru.config import PipelineConfig
+from gru.config import PipelineConfig, ServeConfig
 from gru.errors import UserError, find_user_error
 from gru.network import require_free
 from jobs import entry
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pipelines.stack import Stack
 
 
 KEY_VARIABLE = "GRU_API_KEY"
+FINISH_SECONDS = 10  # that answers in the making have when all of it is stopped
 ENDS = (signal.SIGTERM, signal.SIGHUP)  # as Ctrl-C
 
 
@@ -104,7 +108,7 @@ def _run(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True)
     with console.status("") as status:
         running = stack.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
-    with _stopped_afterwards(running):
+    with _stopped_afterwards(running, config.serve, console):
         os.environ.update(running.environment)
         from pipelines import train_generator
         from pipelines.ray_jobs import RayJobs
@@ -148,13 +152,35 @@ try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: applicatio
 
 
 @contextlib.contextmanager
-def _stopped_afterwards(running: "Stack") -> Iterator[None]:
+def _stopped_afterwards(running: "Stack", serve: ServeConfig, console: "Console") -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait
+            if running.embedded_ray:
+                _let_answers_finish(f"http://{serve.host}:{serve.port}/ready", console)
         for number in (signal.SIGINT, *ENDS):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
         running.leave()
+
+
+def _let_answers_finish(ready: str, console: "Console") -> None:
+    deadline = time.monotonic() + FINISH_SECONDS
+    told = False
+    while (writing := _answers_in_the_making(ready)) and time.monotonic() < deadline:
+        if not told:
+            say = f"stopping when {writing} answers are written, in {FINISH_SECONDS} s at most; Ctrl-C: now"
+            console.print(say, highlight=False)
+            told = True
+        time.sleep(0.1)
+
+
+def _answers_in_the_making(ready: str) -> int:
+    try:
+        with urllib.request.urlopen(ready, timeout=2) as response:
+            return int(json.load(response)["requests"])
+    except (OSError, ValueError, LookupError):
+        return 0
 
 
 def _down(arguments: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None 
     """The app. `provider` returns the models that answer now: the first is the one that requests go to which name no
     other; the canary's share goes to the one with its alias."""
     app = FastAPI(title="GRU text generation", docs_url=None, redoc_url=None)  # their pages come from elsewhere
-    metrics = metrics or Metrics(provider)
+    metrics = metrics or Metrics(provider, "")
     keys = Keys(config.keys) if config.keys else None
     app.add_middleware(Gate, keys=keys, max_body=config.max_body_bytes, metrics=metrics)
     settings = content_key(config)
@@ -92,7 +92,7 @@ def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None 
             raise ApiError(503, "the engine does not respond", code="unhealthy")
         version = models[0].version
         told = {"status": "ready", "model": version.name, "version": version.version, "settings": settings}
-        return JSONResponse(told)
+        return JSONResponse({**told, "requests": sum(each.engine.active + each.engine.waiting for each in models)})
 
     @app.get("/metrics")
     async def measured() -> Response:

@@ -31,7 +31,9 @@ IN_FLIGHT = "tokens_in_flight"
 CPUS = 0.5  # logical: what is left on a small machine is for the other stages
 THREADS = 1  # a step is too small to share; the other cores are for HTTP, and for other replicas
 
-SWITCH_SECONDS = 5e-4
+SWITCH_SECONDS = (
+    5e-4  # after which a thread asks another for Python's lock; 5e-3 lets the engine wait for the event loop
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class Generator:
         sys.setswitchinterval(SWITCH_SECONDS)
         tracking.connect_impatiently(tracking_uri)
         self._config = config
-        self._lineup = Lineup(config, model_name, Path.home() / ".cache" / "gru-pipeline" / "served")
+        kept = Path.home() / ".cache" / "gru-pipeline" / "served"
+        self._lineup = Lineup(config, model_name, kept, serve.get_replica_context().replica_id.unique_id)
         self._lineup.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -43,12 +43,13 @@ class Unfit(Exception):
 class Lineup:
     """The models of one replica. `models` is replaced as a whole: the champion first, then the canary if there is one.
 
-    directory: where the champion is kept on disk, so that a replica can start while the registry is away.
+    directory: where the champion is kept on disk, so that a replica can start while the registry is away. replica: its
+    name in the metrics.
     """
 
-    def __init__(self, config: ServeConfig, model_name: str, directory: Path) -> None:
+    def __init__(self, config: ServeConfig, model_name: str, directory: Path, replica: str = "") -> None:
         self.models: Sequence[Served] = ()
-        self.metrics = Metrics(lambda: self.models)
+        self.metrics = Metrics(lambda: self.models, replica)
         self._config, self._model_name = config, model_name
         self._directory = directory / model_name
         self._spare: Served | None = None  # the champion before, kept warm: going back to it takes no time

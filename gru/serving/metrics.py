@@ -1,9 +1,9 @@
 """What a replica counts, for Prometheus. https://prometheus.io/docs/practices/naming/"""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gru.serving.generation import Generation, Served
@@ -14,9 +14,10 @@ REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Of one replica. provider: the models that answer now."""
+    """Of one replica, whose name each sample bears. provider: the models that answer now."""
 
-    def __init__(self, provider: Callable[[], Sequence[Served]]) -> None:
+    def __init__(self, provider: Callable[[], Sequence[Served]], replica: str) -> None:
+        self._replica = replica
         self.registry = CollectorRegistry()
         self.registry.register(_Engines(provider))
         self._requests = Counter(
@@ -57,7 +58,20 @@ class Metrics:
         self._tokens.labels(version, "generated").inc(generation.made_tokens)
 
     def page(self) -> bytes:
-        return generate_latest(self.registry)
+        return generate_latest(_Named(self.registry, self._replica))
+
+
+class _Named(CollectorRegistry):
+    """What is in a registry, with one more label: a scrape reaches one replica today, and another tomorrow."""
+
+    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
+        super().__init__()
+        self._inner, self._label = registry, {"replica": replica}
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._inner.collect():
+            metric.samples = [each._replace(labels={**each.labels, **self._label}) for each in metric.samples]
+            yield metric
 
 
 class _Engines(Collector):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -396,12 +397,38 @@ def test_a_ray_and_an_mlflow_of_ones_own_take_the_place_of_the_embedded(pipeline
     assert client.completions.create(model="elsewhere", prompt="A ", max_tokens=5).choices[0].text
 
 
+@contextlib.contextmanager
+def open_answers(pipeline: Pipeline) -> Iterator[list[list[str]]]:
+    """Four answers of eight texts each, of which some seconds' work is left; at the end, how each text has ended."""
+    client = openai.OpenAI(base_url=f"{pipeline.endpoint}/v1", api_key="none")
+    [manifest] = pipeline.storage.glob("datasets/*/manifest.json")
+    never_ending = {str(open_dataset(str(manifest.parent)).manifest.end_of_text): -100}
+    request = {"model": "fables", "prompt": "A ", "max_tokens": 3000, "n": 8, "logit_bias": never_ending}
+    streams = [client.completions.create(**request, stream=True) for _ in range(4)]
+    finished: list[list[str]] = []
+
+    def read(stream: openai.Stream[Any]) -> None:
+        ends = [choice.finish_reason for chunk in stream for choice in chunk.choices]
+        finished.append([end for end in ends if end])
+
+    readers = [threading.Thread(target=read, args=(stream,), daemon=True) for stream in streams]
+    for reader in readers:
+        reader.start()
+    yield finished
+    for reader in readers:
+        reader.join(10)
+        assert not reader.is_alive()
+
+
 def test_ctrl_c_leaves_no_process_and_the_same_command_does_no_stage_again(pipeline: Pipeline) -> None:
     assert pipeline.process is not None
     processes = pipeline.stack_processes()
     assert len(processes) > 5
-    pipeline.process.send_signal(signal.SIGINT)
-    assert pipeline.process.wait(60) == 130
+    with open_answers(pipeline) as finished:
+        pipeline.process.send_signal(signal.SIGINT)
+        assert pipeline.process.wait(60) == 130
+    assert "stopping when" in pipeline.stderr
+    assert finished == [["length"] * 8] * 4
     left = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not left
     done = subprocess.run([*pipeline.command, "--exit"], cwd=pipeline.directory, capture_output=True, text=True)

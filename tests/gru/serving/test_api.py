@@ -253,7 +253,8 @@ def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
         client.models.retrieve("gpt-5")
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     ready = httpx.get(f"{server.url}/ready").json()
-    assert ready == {"status": "ready", "model": "poet", "version": "3", "settings": content_key(CONFIG)}
+    settings = content_key(CONFIG)
+    assert ready == {"status": "ready", "model": "poet", "version": "3", "settings": settings, "requests": 0}
     engine = server.engine
     server.served.clear()
     assert httpx.get(f"{server.url}/health").status_code == 200  # it is well, and has nothing to say yet
@@ -534,8 +535,8 @@ def test_metrics_count_what_was_done(server: Server, client: openai.OpenAI) -> N
         return next((float(each.rsplit(" ", 1)[1]) for each in page.splitlines() if each.startswith(line)), 0.0)
 
     made, answered = (
-        'gru_tokens_total{kind="generated",version="3"}',
-        'gru_http_requests_total{path="/v1/completions",status="200"}',
+        'gru_tokens_total{kind="generated",replica="",version="3"}',
+        'gru_http_requests_total{path="/v1/completions",replica="",status="200"}',
     )
     before = value(made), value(answered)
     client.completions.create(model="poet", prompt="x", max_tokens=30)
@@ -543,10 +544,10 @@ def test_metrics_count_what_was_done(server: Server, client: openai.OpenAI) -> N
     until(lambda: value(made) == before[0] + 42)
     assert value(answered) == before[1] + 2
     assert value('gru_model_info{alias="champion"') == 1
-    assert value('gru_requests_running{version="3"}') == 0
+    assert value('gru_requests_running{replica="",version="3"}') == 0
     httpx.get(f"{server.url}/{'x' * 50}")
-    assert value('gru_http_requests_total{path="other",status="404"}') >= 1
-    assert value('gru_time_to_first_token_seconds_count{version="3"}') >= 2
+    assert value('gru_http_requests_total{path="other",replica="",status="404"}') >= 1
+    assert value('gru_time_to_first_token_seconds_count{replica="",version="3"}') >= 2
 
 
 def test_no_other_site_may_ask(server: Server) -> None:
