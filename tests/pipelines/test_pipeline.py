@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import openai
 import psutil
 import pytest
 import torch
 
+from gru import evaluation
 from gru.corpus.dataset import open_dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.model.decoder import decoder_for
 from gru.registry import load_bundle
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
@@ -253,6 +256,18 @@ def test_killed_and_resumed_training_ends_with_the_weights_of_an_undisturbed_one
     assert digest(served) == digest(undisturbed.average.state_dict())
 
 
+def test_rounding_its_weights_to_serve_it_costs_the_model_nothing_that_counts(pipeline: Pipeline) -> None:
+    [bundle] = (load_bundle(path) for path in pipeline.storage.glob("runs/*/bundle"))
+    decoder = decoder_for(bundle.model)
+    assert decoder is not bundle.model
+    [manifest] = pipeline.storage.glob("datasets/*/manifest.json")
+    dataset = open_dataset(str(manifest.parent))
+    tokens = np.concatenate([dataset.read_segment(segment) for segment in dataset.segments("heldout")])
+    heldout = evaluation.Heldout(tokens, dataset.manifest.end_of_text, len(tokens), len(tokens), "")
+    scored, served = (evaluation.token_losses(model, heldout, 8).mean() for model in (bundle.model, decoder))
+    assert served == pytest.approx(scored, rel=0.002)
+
+
 def test_mlflow_has_each_step_once_and_the_true_status_of_every_run(pipeline: Pipeline) -> None:
     client = mlflow.MlflowClient(pipeline.tracking)
     experiment = client.get_experiment_by_name("fables")
@@ -403,7 +418,7 @@ def open_answers(pipeline: Pipeline) -> Iterator[list[list[str]]]:
     client = openai.OpenAI(base_url=f"{pipeline.endpoint}/v1", api_key="none")
     [manifest] = pipeline.storage.glob("datasets/*/manifest.json")
     never_ending = {str(open_dataset(str(manifest.parent)).manifest.end_of_text): -100}
-    request = {"model": "fables", "prompt": "A ", "max_tokens": 3000, "n": 8, "logit_bias": never_ending}
+    request = {"model": "fables", "prompt": "A ", "max_tokens": 1000, "n": 8, "logit_bias": never_ending}
     streams = [client.completions.create(**request, stream=True) for _ in range(4)]
     finished: list[list[str]] = []
 
