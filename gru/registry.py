@@ -188,6 +188,24 @@ def resolve(name: str, alias: str) -> Version | None:
         raise
 
 
+def find(spec: str) -> Version:
+    """The version that NAME, NAME@ALIAS or NAME:VERSION names; NAME is its champion. Raises UserError."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    name, _, number = spec.partition(":")
+    if number:
+        try:
+            return _version(MlflowClient().get_model_version(name, number))
+        except MlflowException as error:
+            raise UserError(f"{spec}: {error.message}") from None
+    name, _, alias = spec.partition("@")
+    found = resolve(name, alias or CHAMPION)
+    if found is None:
+        raise UserError(f"{spec}: no version of a model {name!r} is @{alias or CHAMPION}")
+    return found
+
+
 def fetch_bundle(version: Version, directory: Path) -> Bundle:
     """Download a version's bundle into a local directory and load it. Raises DamagedFiles."""
     return load_bundle(download_bundle(version, directory))

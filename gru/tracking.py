@@ -201,6 +201,18 @@ def connect_impatiently(uri: str) -> None:
     mlflow.set_tracking_uri(uri)
 
 
+def unreachable() -> str | None:
+    """Why the server does not answer; None if it does."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        MlflowClient().search_experiments(max_results=1)
+    except MlflowException as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def find_run(run_id: str) -> Run:
     from mlflow import MlflowClient
 

@@ -24,6 +24,7 @@ from jobs import entry
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipelines.ray_jobs import RayJobs
     from pipelines.stack import Stack
 
 
@@ -86,6 +87,27 @@ def _parser() -> argparse.ArgumentParser:
     rollback = commands.add_parser("rollback", help="give @champion back to the version that had it before")
     entry.add_config_arguments(rollback)
     rollback.set_defaults(command=_rollback)
+
+    status = commands.add_parser("status", help="what the workflows of a storage have done, and what they are at")
+    status.add_argument("storage", nargs="?", default="./store", help="the storage that they work on (./store)")
+    status.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    status.set_defaults(command=_status)
+
+    cancel = commands.add_parser("cancel", help="end the workflow of a config, its job and its MLflow run")
+    entry.add_config_arguments(cancel)
+    cancel.set_defaults(command=_cancel)
+
+    lineage = commands.add_parser("lineage", help="where a registered model comes from")
+    lineage.add_argument("model", metavar="MODEL", help="NAME, which is its champion, NAME@ALIAS or NAME:VERSION")
+    lineage.add_argument("--verify", action="store_true", help="read all that can be reached, and compare")
+    lineage.add_argument("--json", action="store_true", help="print JSON instead of a report")
+    lineage.add_argument(
+        "--storage",
+        default="./store",
+        metavar="PATH",
+        help="whose embedded MLflow is asked, where none is set (./store)",
+    )
+    lineage.set_defaults(command=_lineage)
     return parser
 
 
@@ -116,7 +138,7 @@ def _run(arguments: argparse.Namespace) -> None:
         database = train_generator.database_url(config.storage)
         working_dir = None if running.embedded_ray else str(Path(__file__).parents[1])
         jobs = RayJobs(running.ray, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
-        logs = Path(config.storage if storage.is_local(config.storage) else ".") / "logs"
+        logs = _logs(config.storage)
         console.print(f"logs: {logs}   Ray: {running.ray}   MLflow: {running.mlflow}", highlight=False, soft_wrap=True)
         with Display(console, train_generator.STAGES) as display:
             result = train_generator.execute(
@@ -232,15 +254,80 @@ def _key(arguments: argparse.Namespace) -> None:
     print(f"{key}\n{line}")
 
 
-def _rollback(arguments: argparse.Namespace) -> None:
+def _find_tracking(store: str) -> None:
+    """Have MLflow's client use the server that is set, or the one that was started for this storage. Raises UserError
+    if it does not answer."""
+    from gru import tracking
     from pipelines import stack
 
+    url = os.environ.get("MLFLOW_TRACKING_URI") or stack.address(store, "mlflow")
+    if url is None:
+        raise UserError("no MLflow server is up: set MLFLOW_TRACKING_URI, or start the embedded one with `gru run`")
+    tracking.connect_impatiently(url)
+    if problem := tracking.unreachable():
+        raise UserError(f"MLFLOW_TRACKING_URI = {url} does not answer: {problem}")
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from pipelines import status, train_generator
+
+    store = storage.absolute(arguments.storage, Path.cwd())
+    found = status.workflows(train_generator.database_url(store), _jobs_of(store), _logs(store))
+    if arguments.json:
+        print(json.dumps(status.as_json(found), ensure_ascii=False))
+    else:
+        Console().print(f"logs: {_logs(store)}", status.table(found), highlight=False, soft_wrap=True, sep="\n")
+
+
+def _cancel(arguments: argparse.Namespace) -> None:
+    from pipelines import train_generator
+
     config = entry.load_config(arguments.config, arguments.set)
-    if "MLFLOW_TRACKING_URI" not in os.environ:
-        url = stack.address(config.storage, "mlflow")
-        if url is None:
-            raise UserError("no MLflow server is up: set MLFLOW_TRACKING_URI, or start the embedded one with `gru run`")
-        os.environ["MLFLOW_TRACKING_URI"] = url
+    _find_tracking(config.storage)
+    cancelled = train_generator.cancel(config, _jobs_of(config.storage), train_generator.database_url(config.storage))
+    if not cancelled:
+        raise UserError("no workflow of this config is under way")
+    print(f"cancelled {', '.join(cancelled)}", file=sys.stderr)
+
+
+def _jobs_of(store: str) -> "RayJobs | None":
+    """The Ray that is set, or the one that was started for this storage; None if neither is up."""
+    from pipelines import stack
+    from pipelines.ray_jobs import RayJobs
+
+    if (found := stack.find_ray(store)) is None:
+        return None
+    address, environment = found
+    os.environ.update(environment)
+    return RayJobs(address, None, {})
+
+
+def _logs(store: str) -> Path:
+    return Path(store if storage.is_local(store) else ".") / "logs"
+
+
+def _lineage(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    _find_tracking(storage.absolute(arguments.storage, Path.cwd()))
+    from gru import lineage, registry
+
+    version = registry.find(arguments.model)
+    with Console(stderr=True).status("") as status:
+        links = lineage.trace(version, arguments.verify, status.update)
+    if arguments.json:
+        print(json.dumps([vars(link) for link in links], ensure_ascii=False))
+    else:
+        print(lineage.report(arguments.model, links))
+    if any(link.state == "different" for link in links):
+        _leave(1)
+
+
+def _rollback(arguments: argparse.Namespace) -> None:
+    config = entry.load_config(arguments.config, arguments.set)
+    _find_tracking(config.storage)
     from gru import registry
 
     version = registry.rollback(config.model_name)

@@ -10,7 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
-COLOURS = {"waiting": "dim", "running": "cyan", "done": "green", "done before": "green", "failed": "red"}
+COLOURS = {
+    **{"waiting": "dim", "running": "cyan", "done": "green", "done before": "green"},
+    **{"failed": "red", "cancelled": "yellow", "unfinished": "yellow"},
+}
 
 
 class Display:
@@ -52,8 +55,7 @@ class Display:
     def _elapsed(self, stage: str) -> str:
         if stage not in self.started:
             return ""
-        seconds = self.ended.get(stage, time.monotonic()) - self.started[stage]
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+        return elapsed(self.ended.get(stage, time.monotonic()) - self.started[stage])
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
@@ -64,3 +66,8 @@ class Display:
             shown = self.spinner if state == "running" else Text(state, style=COLOURS[state])
             table.add_row(stage, shown, self._elapsed(stage), Text(detail, style="dim" if state == "running" else ""))
         return table
+
+
+def elapsed(seconds: float) -> str:
+    """As minutes:seconds."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

@@ -7,11 +7,13 @@ import asyncio
 import logging
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gru import storage
 from gru.errors import UserError
@@ -20,12 +22,26 @@ if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
 USER_ERROR_STATUS = 2
+PARENT = "parent"  # in a job's metadata: the MLflow run over all stages
 POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 60
+LOST_PAUSES = (5, 20, 60)  # seconds before the next attempt, after one that was lost with its node
+KILLED_STATUS = 128 + signal.SIGKILL  # what a shell says of it
 
 
 class JobFailed(RuntimeError):
     """A job ended without a result, and not by a mistake of the user's."""
+
+
+class Attempt(NamedTuple):
+    """A job, as the server knows it."""
+
+    stage: str
+    key: str
+    number: int
+    parent: str
+    """MLflow run over all stages, for which it was submitted."""
+    details: "JobDetails"
 
 
 class RayJobs:
@@ -47,39 +63,72 @@ class RayJobs:
             self.runtime_env["working_dir"] = working_dir
             self.python = ["python"]  # the cluster's own
 
-    def run(self, name: str, arguments: list[str], log: Path, progress: Callable[[str], None]) -> None:
-        """Run `python -m jobs.X ...` under the newest attempt of `name` and wait for its success.
+    def run(
+        self, stage: str, key: str, arguments: list[str], parent: str, log: Path, progress: Callable[[str], None]
+    ) -> None:
+        """Run `python -m jobs.STAGE ...` for what the key names, and wait for its success.
 
-        An attempt that is under way is joined; after one that has ended, the next is made. Raises UserError with
-        the job's own line for a user's mistake, JobFailed for anything else.
+        An attempt that is under way is joined; after one that has ended, the next is made, and so it is where one is
+        lost with its node. Raises UserError with the job's own line for a user's mistake, JobFailed for anything else.
         """
-        submission_id = self._attach_or_submit(name, shlex.join([*self.python, "-m", *arguments]))
-        stage = arguments[0].removeprefix("jobs.")
+        entrypoint = shlex.join([*self.python, "-m", f"jobs.{stage}", *arguments])
         log.parent.mkdir(parents=True, exist_ok=True)
-        details = asyncio.run(self._follow(submission_id, stage, log, progress))
-        text = self.client.get_job_logs(submission_id)
-        storage.write_bytes(str(log), text.encode())
-        if details.status.value == "SUCCEEDED":
-            return
+        for pause in (*LOST_PAUSES, None):
+            submission_id = self._attach_or_submit(stage, key, entrypoint, parent)
+            details = asyncio.run(self._follow(submission_id, stage, log, progress))
+            text = self._log_of(submission_id)
+            storage.write_bytes(str(log), text.encode())
+            if details.status.value == "SUCCEEDED":
+                return
+            if pause is None or not _was_lost(details):
+                break
+            progress(f"its node or process was lost: the next attempt in {pause} s")
+            time.sleep(pause)
         lines = text.splitlines()
         if details.driver_exit_code == USER_ERROR_STATUS:
             mistakes = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            raise UserError(mistakes[-1] if mistakes else f"{name}: see {log}")
+            raise UserError(mistakes[-1] if mistakes else f"{stage}: see {log}")
         last = next((line for line in reversed(lines) if line.strip()), details.message or "no output")
         raise JobFailed(f"job {submission_id} {details.status.value.lower()}: {last}\nits log: {log}")
 
-    def _attach_or_submit(self, name: str, entrypoint: str) -> str:
-        pattern = re.compile(re.escape(name) + r"-(\d+)")
-        attempts: dict[int, JobDetails] = {}
+    def attempts(self) -> list[Attempt]:
+        """Of all stages that the server knows, in the order of their numbers."""
+        found = []
         for job in self.client.list_jobs():
-            if found := pattern.fullmatch(job.submission_id or ""):
-                attempts[int(found[1])] = job
-        newest = max(attempts, default=0)
-        if newest and not attempts[newest].status.is_terminal():
-            return f"{name}-{newest}"
-        submission_id = f"{name}-{newest + 1}"
+            if match := re.fullmatch(r"gru-([a-z]+)-(.+)-(\d+)", job.submission_id or ""):
+                parent = (job.metadata or {}).get(PARENT, "")
+                found.append(Attempt(match[1], match[2], int(match[3]), parent, job))
+        return sorted(found, key=lambda attempt: attempt.number)
+
+    def stop(self, parent: str) -> None:
+        """Have the attempts that run for this MLflow run save what they have, and end."""
+        mine = [each.details for each in self.attempts() if each.parent == parent]
+        running = [details.submission_id or "" for details in mine if not details.status.is_terminal()]
+        for submission_id in running:
+            self.client.stop_job(submission_id)
+        with suppress(OSError, RuntimeError):  # an embedded Ray ends with the last `gru run` that uses it
+            while not all(self.client.get_job_status(submission_id).is_terminal() for submission_id in running):
+                time.sleep(POLL_SECONDS)
+
+    def _log_of(self, submission_id: str) -> str:
         try:
-            self.client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=self.runtime_env)
+            return self.client.get_job_logs(submission_id)
+        except RuntimeError as error:  # it was on a node that is gone
+            return f"its log is lost: {error}"
+
+    def _attach_or_submit(self, stage: str, key: str, entrypoint: str, parent: str) -> str:
+        known = {each.number: each for each in self.attempts() if (each.stage, each.key) == (stage, key)}
+        newest = max(known, default=0)
+        if newest and not known[newest].details.status.is_terminal():
+            return f"gru-{stage}-{key}-{newest}"
+        submission_id = f"gru-{stage}-{key}-{newest + 1}"
+        try:
+            self.client.submit_job(
+                entrypoint=entrypoint,
+                submission_id=submission_id,
+                runtime_env=self.runtime_env,
+                metadata={PARENT: parent},
+            )
         except RuntimeError as error:
             if "already exists" not in str(error):  # else another process was faster: attach to its job
                 raise
@@ -116,3 +165,9 @@ class RayJobs:
                 for line in lines:
                     if line.startswith(f"{stage}: "):
                         progress(line.removeprefix(f"{stage}: "))
+
+
+def _was_lost(details: "JobDetails") -> bool:
+    """Whether it ended by no doing of its own: with its node, or killed."""
+    status = details.driver_exit_code
+    return details.status.value == "FAILED" and (status is None or status < 0 or status == KILLED_STATUS)

@@ -231,6 +231,14 @@ def down(store: str) -> list[str]:
     return stop(services(Path(store) / "stack"))
 
 
+def find_ray(store: str) -> tuple[str, dict[str, str]] | None:
+    """Where the configured Ray takes jobs, or the embedded one if it is up, and what its clients need to be set."""
+    if configured := os.environ.get("RAY_ADDRESS"):
+        return configured, {}
+    embedded = address(store, "ray") if storage.is_local(store) else None
+    return (embedded, _ray_environment(Path(store) / "stack")) if embedded else None
+
+
 def address(store: str, name: str) -> str | None:
     """Where an embedded service ("ray" or "mlflow") answers, if it is up."""
     return Service(name, Path(store) / "stack").url()

@@ -4,6 +4,7 @@ Killed at any moment, the same call goes on: DBOS recovers the workflow, its ste
 a stage whose result is in storage is not done again.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -11,17 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dbos import DBOS, DBOSConfig, SetWorkflowID
+from dbos import DBOS, DBOSClient, DBOSConfig, SetWorkflowID, error
+from sqlalchemy.exc import SQLAlchemyError
 
 from gru import storage, tracking
 from gru.config import PipelineConfig, content_key
 from gru.errors import UserError
 from jobs import stages
 from jobs.stages import Result
-from pipelines.ray_jobs import RayJobs
+from pipelines.ray_jobs import JobFailed, RayJobs
 
 STAGES = ("prepare", "train", "evaluate", "promote", "serve")
 STEPS_VERSION = 1  # raise it when the steps change: a workflow must not be continued by others than those it began with
+UNFINISHED = ["PENDING", "ENQUEUED"]
 DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 
 State = Literal["waiting", "running", "done", "done before", "failed"]
@@ -58,12 +61,49 @@ def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -
     DBOS(config=settings)
     try:
         DBOS.launch()
-        result = _attach_or_start(prefix, config).get_result()
+        try:
+            result = _attach_or_start(prefix, config).get_result()
+        except (error.DBOSAwaitedWorkflowCancelledError, error.DBOSWorkflowCancelledError):
+            raise JobFailed("cancelled; the same command goes on with what is there") from None
         if stages.serve(config).result() is None:  # it was up when the workflow went on after a kill, and is no more
             run_stage("serve", config.model_dump_json(), result["tracking"], result["dataset"], {})
         return result
     finally:
         DBOS.destroy()
+
+
+def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[str]:
+    """End the workflows of this config that have not ended, with their jobs and their MLflow runs; their ids.
+
+    jobs: None where no Ray is up."""
+    client = open_database(database)
+    found = client.list_workflows(status=UNFINISHED, workflow_id_prefix=f"{config.name}-")
+    mine = [each.workflow_id for each in found if each.input and each.input["args"][0] == config.model_dump_json()]
+    for workflow_id in mine:
+        client.cancel_workflow(workflow_id)
+        if parent := parent_of(client, workflow_id):
+            tracking.find_run(parent).finish("KILLED")  # first: with the last job an embedded MLflow may end
+            if jobs:
+                jobs.stop(parent)
+    return mine
+
+
+def open_database(database: str) -> DBOSClient:
+    """For looking at workflows without running any. Raises UserError if there are none, or it does not answer."""
+    logging.getLogger("dbos").setLevel(logging.CRITICAL)
+    path = database.removeprefix("sqlite:///")
+    if path != database and not Path(path).exists():
+        raise UserError(f"{Path(path).parent}: no workflow has begun here")
+    try:
+        return DBOSClient(system_database_url=database)
+    except SQLAlchemyError as error:
+        raise UserError(f"{DATABASE_VARIABLE}: {str(error).splitlines()[0]}") from None
+
+
+def parent_of(client: DBOSClient, workflow_id: str) -> str | None:
+    """The MLflow run of a workflow, if it has come so far."""
+    steps = client.list_workflow_steps(workflow_id)
+    return next((step["output"] for step in steps if step["function_name"] == open_parent.__qualname__), None)
 
 
 def database_url(store: str) -> str:
@@ -83,7 +123,7 @@ def _attach_or_start(prefix: str, config: PipelineConfig) -> Any:
         if found := re.fullmatch(re.escape(prefix) + r"-(\d+)", status.workflow_id):
             known[int(found[1])] = status.status
     newest = max(known, default=0)
-    if known.get(newest) in ("PENDING", "ENQUEUED"):
+    if known.get(newest) in UNFINISHED:
         return DBOS.retrieve_workflow(f"{prefix}-{newest}")
     with SetWorkflowID(f"{prefix}-{newest + 1}"):
         return DBOS.start_workflow(train_generator, config.model_dump_json(), prefix)
@@ -152,9 +192,11 @@ def run_stage(name: str, config_json: str, parent: str, dataset: str, results: d
     watch(name, "running", "")
     try:
         _surroundings.jobs.run(
-            f"gru-{name}-{stage.key}",
-            [f"jobs.{name}", config_json, "--parent", parent, "--dataset", dataset],
-            _surroundings.logs / f"{name}-{stage.key}.log",
+            name,
+            stage.key,
+            [config_json, "--parent", parent, "--dataset", dataset],
+            parent,
+            log_file(_surroundings.logs, name, stage.key),
             lambda line: watch(name, "running", line),
         )
     except Exception:
@@ -164,6 +206,10 @@ def run_stage(name: str, config_json: str, parent: str, dataset: str, results: d
     assert result is not None, f"{name} succeeded, but left no result"
     watch(name, "done", summary(name, result))
     return result
+
+
+def log_file(logs: Path, stage: str, key: str) -> Path:
+    return logs / f"{stage}-{key}.log"
 
 
 def summary(name: str, result: Result) -> str:

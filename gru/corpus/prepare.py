@@ -8,7 +8,7 @@ import logging
 import pickle
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -32,7 +32,7 @@ from gru.corpus.dataset import (
     open_dataset,
 )
 from gru.corpus.documents import Report, document_hash, documents, is_heldout, parse_template
-from gru.corpus.shards import PARTS, Part, Recipe
+from gru.corpus.shards import PARTS, Part, PartSource, Recipe
 from gru.corpus.sources import Partition
 from gru.corpus.tokenizer import Tokenizer
 from gru.errors import UserError, find_user_error
@@ -106,13 +106,32 @@ def _cpus() -> float:
     return ray.cluster_resources().get("CPU", 1)
 
 
+def recorded_sources(corpus: CorpusConfig) -> list[Source]:
+    """What the manifest of a dataset would say of its sources as they are now, all of which are read for that.
+
+    Raises UserError as `documents` does."""
+    read: list[PartSource] = []
+    for partition in sources.plan(sources.list_files(corpus), corpus):
+        for span in partition:
+            report = Report()
+            deque(documents(span, corpus, report), maxlen=0)
+            read.append(PartSource(span.file.path, span.file.name, span.file.size, report.digests[0]))
+    return _by_file(read)
+
+
+def _by_file(spans: Iterable[PartSource]) -> list[Source]:
+    digests: dict[tuple[str, str, int], list[str]] = {}
+    for path, name, size, digest in spans:
+        digests.setdefault((path, name, size), []).append(digest)
+    return [
+        Source(name=name, size=size, digest=d[0] if len(d) == 1 else storage.sha256(bytes.fromhex("".join(d))))
+        for (_, name, size), d in digests.items()
+    ]
+
+
 def _manifest(
     parts: list[Part], dropped: Counter[str], corpus: CorpusConfig, config: TokenizerConfig, tokenizer: Tokenizer
 ) -> Manifest:
-    digests: dict[tuple[str, str, int], list[str]] = {}
-    for part in parts:
-        for path, name, size, digest in part.sources:
-            digests.setdefault((path, name, size), []).append(digest)
     made = [shard for part in parts for shard in part.shards]
     train, heldout = (
         sum((shard.counts for shard in made if shard.split == split), Counts()) for split in ("train", "heldout")
@@ -131,10 +150,7 @@ def _manifest(
         format_version=FORMAT_VERSION,
         corpus=corpus,
         tokenizer=config,
-        sources=[
-            Source(name=name, size=size, digest=d[0] if len(d) == 1 else storage.sha256(bytes.fromhex("".join(d))))
-            for (_, name, size), d in digests.items()
-        ],
+        sources=_by_file(source for part in parts for source in part.sources),
         train=train,
         heldout=heldout,
         dropped=dict(sorted(dropped.items())),

@@ -88,6 +88,12 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = 180) -> A
     raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
+def _command_of(process: psutil.Process) -> list[str]:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
 @dataclass
 class Pipeline:
     """`gru run` on a storage and ports of the test's own."""
@@ -178,6 +184,15 @@ class Pipeline:
             root = psutil.Process(json.loads(note.read_text())["process"][0])
             processes += [root, *root.children(recursive=True)]
         return processes
+
+    def job_processes(self, stage: str) -> list[psutil.Process]:
+        """The drivers of a stage's jobs."""
+        command = ["-m", f"jobs.{stage}"]
+        return [p for p in self.stack_processes() if command[1] in (line := _command_of(p)) and command[0] in line]
+
+    def status(self) -> list[dict[str, Any]]:
+        command = [*GRU, "status", str(self.storage), "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     def wait_for_result(self) -> None:
         def result() -> dict[str, Any] | None:
@@ -361,13 +376,19 @@ def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipelin
 
 
 def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> None:
-    """The endpoint follows @champion when it moves, without a restart."""
+    """The endpoint follows @champion when it moves, without a restart. A job that is lost on the way has a successor."""
     longer = [*pipeline.command, "--set", f"train.steps={STEPS + 100}", "--exit"]
-    done = subprocess.run(longer, cwd=pipeline.directory, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert "prepare   done before" in done.stderr
+    running = subprocess.Popen(
+        longer, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for("the job", lambda: pipeline.job_processes("train"))[0].kill()
+    out, err = running.communicate()
+    assert running.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert "prepare   done before" in err
     assert result["version"] == "2"
+    [*_, workflow] = pipeline.status()
+    assert [(stage["name"], stage["attempts"]) for stage in workflow["stages"]][1] == ("train", 2)
 
     def served() -> str:
         with urllib.request.urlopen(f"{pipeline.endpoint}/v1/models") as response:
@@ -381,6 +402,68 @@ def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> N
     rollback = subprocess.run([*GRU, "rollback", pipeline.config], capture_output=True, text=True)
     assert rollback.returncode == 0, rollback.stderr
     wait_for("version 1", lambda: served() == "1", 30)
+
+
+def test_status_tells_what_each_workflow_has_done(pipeline: Pipeline) -> None:
+    workflow, *_ = pipeline.status()
+    assert workflow["state"] == "done"
+    assert [stage["name"] for stage in workflow["stages"]] == ["prepare", "train", "evaluate", "promote", "serve"]
+    assert {stage["state"] for stage in workflow["stages"]} == {"done"}
+    assert sum(stage["seconds"] for stage in workflow["stages"]) <= workflow["seconds"]
+    assert all(Path(stage["log"]).exists() for stage in workflow["stages"][:4])
+    shown = subprocess.run([*GRU, "status", str(pipeline.storage)], capture_output=True, text=True, check=True).stdout
+    assert workflow["id"] in shown and str(pipeline.storage / "logs") in shown
+    lost = subprocess.run([*GRU, "status", str(pipeline.directory)], capture_output=True, text=True)
+    assert (lost.returncode, lost.stderr) == (2, f"error: {pipeline.directory}: no workflow has begun here\n")
+
+
+def test_what_is_cancelled_stops_everywhere(pipeline: Pipeline) -> None:
+    changes = ["--set", "train.steps=100000"]
+    running = subprocess.Popen(
+        [*pipeline.command, *changes, "--exit"], cwd=pipeline.directory, stderr=subprocess.PIPE, text=True
+    )
+    wait_for("the job", lambda: pipeline.job_processes("train"))
+    [*_, workflow] = pipeline.status()
+    assert workflow["state"] == "running"
+    cancel = [*GRU, "cancel", pipeline.config, *changes]
+    done = subprocess.run(cancel, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == f"cancelled {workflow['id']}\n", done.stderr
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert err.splitlines()[-1].startswith("error: cancelled")
+    assert not pipeline.job_processes("train")
+    assert pipeline.status()[-1]["state"] == "cancelled"
+    runs = mlflow.MlflowClient(pipeline.tracking).search_runs(
+        [mlflow.MlflowClient(pipeline.tracking).get_experiment_by_name("fables").experiment_id]  # type: ignore[union-attr]
+    )
+    assert not [run for run in runs if run.info.status == "RUNNING"]
+    again = subprocess.run(cancel, capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (2, "error: no workflow of this config is under way\n")
+
+
+def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None:
+    command = [*GRU, "lineage", "fables:1", "--verify", f"--storage={pipeline.storage}"]
+
+    def states() -> tuple[int, dict[str, str]]:
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+        return done.returncode, {link["name"]: link["state"] for link in json.loads(done.stdout)}
+
+    read = ("bundle", "checkpoint", "dataset", "tokenizer", "sources")
+    whole = {"version": "found", "run": "found", **dict.fromkeys(read, "verified")}
+    assert states() == (0, whole)
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert str(pipeline.corpus) in shown and "fables:1: version 1" in shown
+    [dataset] = pipeline.storage.glob("datasets/*")
+    shard = next(dataset.glob("train-*.parquet"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    assert states() == (1, whole | {"dataset": "different"})
+    shard.write_bytes(data)
+    away = dataset.rename(pipeline.directory / "away")
+    assert states() == (0, whole | {"dataset": "absent", "sources": "absent"})
+    away.rename(dataset)
+    missing = subprocess.run([*GRU, "lineage", "fables@best", command[-1]], capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (2, "error: fables@best: no version of a model 'fables' is @best\n")
 
 
 def test_a_mistake_that_only_a_stage_can_find_is_one_line_too(pipeline: Pipeline) -> None:

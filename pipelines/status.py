@@ -1,0 +1,102 @@
+"""What the workflows of a storage have done, and what they are at."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dbos import DBOSClient
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from pipelines import train_generator
+from pipelines.display import COLOURS, elapsed
+from pipelines.ray_jobs import Attempt, RayJobs
+
+STATES = {"SUCCESS": "done", "ERROR": "failed", "CANCELLED": "cancelled"}
+NEWEST = 10
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    name: str
+    state: str
+    """done, running, failed or waiting"""
+    seconds: float | None
+    attempts: int | None
+    """None where no Ray is asked, or it does not know."""
+    log: str | None
+
+
+@dataclass(frozen=True)
+class WorkflowStatus:
+    id: str
+    name: str
+    state: str
+    """done, running, failed, cancelled; unfinished: nothing works on it, and the same `gru run` goes on"""
+    began: float
+    """Seconds since the epoch."""
+    seconds: float
+    stages: list[StageStatus]
+
+
+def workflows(database: str, jobs: RayJobs | None, logs: Path) -> list[WorkflowStatus]:
+    """The newest ones, last. jobs: None where no Ray is up."""
+    client = train_generator.open_database(database)
+    attempts = jobs.attempts() if jobs else []
+    found = client.list_workflows(sort_desc=True, limit=NEWEST, name=train_generator.train_generator.__qualname__)
+    return [_workflow(client, each, attempts, logs) for each in reversed(found)]
+
+
+def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Path) -> WorkflowStatus:
+    parent = train_generator.parent_of(client, status.workflow_id)
+    current = [each for each in attempts if each.parent == parent and not each.details.status.is_terminal()]
+    state = STATES.get(status.status, "running" if current else "unfinished")
+    began = status.created_at / 1000
+    ended = (status.completed_at or status.updated_at) / 1000 if state != "running" else time.time()
+    stages = list(_stages(client.list_workflow_steps(status.workflow_id), current, attempts, logs))
+    stages += [StageStatus(name, "waiting", None, None, None) for name in train_generator.STAGES[len(stages) :]]
+    return WorkflowStatus(status.workflow_id, status.name, state, began, ended - began, stages)
+
+
+def _stages(steps: list[Any], current: list[Attempt], attempts: list[Attempt], logs: Path) -> Iterator[StageStatus]:
+    """Those that have ended, and the one that is running."""
+    done = [step for step in steps if step["function_name"] == train_generator.run_stage.__qualname__]
+    for name, step in zip(train_generator.STAGES, done, strict=False):
+        seconds = (step["completed_at_epoch_ms"] - step["started_at_epoch_ms"]) / 1000
+        key = (step["output"] or {}).get("key")
+        log = train_generator.log_file(logs, name, key) if key else None
+        tries = max((each.number for each in attempts if (each.stage, each.key) == (name, key)), default=None)
+        shown = str(log) if log and log.exists() else None
+        yield StageStatus(name, "failed" if step["error"] else "done", seconds, tries, shown)
+    for each in current[-1:]:
+        seconds = time.time() - (each.details.start_time or 0) / 1000
+        log = train_generator.log_file(logs, each.stage, each.key)
+        yield StageStatus(each.stage, "running", seconds, each.number, str(log))
+
+
+def table(found: list[WorkflowStatus]) -> Group:
+    """For people."""
+    parts: list[Any] = []
+    for workflow in found:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(workflow.began))
+        head = Text(f"{workflow.id}  ")
+        head.append(workflow.state, style=COLOURS[workflow.state])
+        head.append(f"  began {began}, {elapsed(workflow.seconds)}")
+        rows = Table(box=None, pad_edge=True, show_header=False)
+        for stage in workflow.stages:
+            rows.add_row(
+                f"  {stage.name}",
+                Text(stage.state, style=COLOURS[stage.state]),
+                "" if stage.seconds is None else elapsed(stage.seconds),
+                f"attempt {stage.attempts}" if (stage.attempts or 0) > 1 else "",
+                Path(stage.log).name if stage.log else "",
+            )
+        parts += [head, rows]
+    return Group(*parts)
+
+
+def as_json(found: list[WorkflowStatus]) -> list[dict[str, Any]]:
+    return [asdict(workflow) for workflow in found]
