@@ -376,7 +376,7 @@ def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipelin
 
 
 def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> None:
-    """The endpoint follows @champion when it moves, without a restart. A job that is lost on the way has a successor."""
+    """The endpoint follows @champion when it moves, without a restart. A job that is lost is tried again."""
     longer = [*pipeline.command, "--set", f"train.steps={STEPS + 100}", "--exit"]
     running = subprocess.Popen(
         longer, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
