@@ -10,7 +10,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -60,13 +61,30 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="prepare, train, evaluate, promote and serve; goes on where it was")
     entry.add_config_arguments(run)
     run.add_argument("--exit", action="store_true", help="end after the summary, instead of staying up until Ctrl-C")
-    run.add_argument(
-        "--ray-port", type=_port, default=8265, metavar="PORT", help="port of the embedded Ray head (8265)"
-    )
-    run.add_argument(
-        "--mlflow-port", type=_port, default=5000, metavar="PORT", help="port of the embedded MLflow (5000)"
-    )
     run.set_defaults(command=_run)
+
+    schedule = commands.add_parser(
+        "schedule", help="stay up, and at the times of --cron do what `run` does with what the sources are then"
+    )
+    entry.add_config_arguments(schedule)
+    schedule.add_argument("--cron", required=True, help='minute, hour, day, month, weekday of local time: "0 3 * * *"')
+    schedule.set_defaults(command=_schedule)
+
+    sweep = commands.add_parser("sweep", help="train and evaluate variants of a config: which is best?")
+    entry.add_config_arguments(sweep)
+    sweep.add_argument(
+        "--over", metavar="KEY=[...]", action="append", required=True, help="values of a key; of several, all choices"
+    )
+    sweep.add_argument("--at-once", type=int, default=1, metavar="N", help="trials that run side by side (1)")
+    sweep.set_defaults(command=_sweep)
+
+    for working in (run, schedule, sweep):
+        working.add_argument(
+            "--ray-port", type=_port, default=8265, metavar="PORT", help="port of the embedded Ray head (8265)"
+        )
+        working.add_argument(
+            "--mlflow-port", type=_port, default=5000, metavar="PORT", help="port of the embedded MLflow (5000)"
+        )
 
     down = commands.add_parser("down", help="stop the embedded Ray head and MLflow server")
     down.add_argument("storage", nargs="?", default="./store", help="the storage that it was started for (./store)")
@@ -117,15 +135,25 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _run(arguments: argparse.Namespace) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What workflows of this process need."""
+
+    console: "Console"
+    jobs: "RayJobs"
+    logs: Path
+    database: str
+
+
+@contextlib.contextmanager
+def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool) -> Iterator[Work]:
+    """With a Ray and an MLflow, those that are set or embedded ones, which end with the last one who uses them."""
     from rich.console import Console
 
     from pipelines import stack
-    from pipelines.display import Display
 
-    config = entry.load_config(arguments.config, arguments.set)
     storage.check_writable(config.storage)
-    if "RAY_ADDRESS" not in os.environ and not stack.address(config.storage, "ray"):
+    if serves and "RAY_ADDRESS" not in os.environ and not stack.address(config.storage, "ray"):
         require_free(config.serve.host, config.serve.port, "--set serve.port=PORT")
     console = Console(stderr=True)
     with console.status("") as status:
@@ -135,25 +163,88 @@ def _run(arguments: argparse.Namespace) -> None:
         from pipelines import train_generator
         from pipelines.ray_jobs import RayJobs
 
-        database = train_generator.database_url(config.storage)
         working_dir = None if running.embedded_ray else str(Path(__file__).parents[1])
         jobs = RayJobs(running.ray, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
         logs = _logs(config.storage)
         console.print(f"logs: {logs}   Ray: {running.ray}   MLflow: {running.mlflow}", highlight=False, soft_wrap=True)
-        with Display(console, train_generator.STAGES) as display:
-            result = train_generator.execute(
-                config,
-                train_generator.Surroundings(jobs, logs, display.watch),
-                database,
-            )
-        from gru import tracking
+        yield Work(console, jobs, logs, train_generator.database_url(config.storage))
 
-        result["tracking"] = tracking.find_run(result["tracking"]).url
-        console.print(_summary(config, result), highlight=False, soft_wrap=True, markup=False)
+
+def _execute(config: PipelineConfig, work: Work) -> dict[str, Any]:
+    """The workflow of the config, shown; its result."""
+    from pipelines import train_generator
+    from pipelines.display import Display
+
+    with Display(work.console, train_generator.STAGES) as display:
+        surroundings = train_generator.Surroundings(work.jobs, work.logs, display.watch)
+        result = train_generator.execute(config, surroundings, work.database)
+    from gru import tracking
+
+    result["tracking"] = tracking.find_run(result["tracking"]).url
+    return result
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = entry.load_config(arguments.config, arguments.set)
+    with _at_work(arguments, config, serves=True) as work:
+        result = _execute(config, work)
+        work.console.print(_summary(config, result), highlight=False, soft_wrap=True, markup=False)
         print(json.dumps(result, ensure_ascii=False), flush=True)
         if not arguments.exit:
-            console.print("\nCtrl-C stops all of it.", highlight=False)
+            work.console.print("\nCtrl-C stops all of it.", highlight=False)
             signal.pause()
+
+
+def _schedule(arguments: argparse.Namespace) -> None:
+    from croniter import croniter
+
+    config = entry.load_config(arguments.config, arguments.set)
+    if not croniter.is_valid(arguments.cron):
+        raise UserError(f'--cron "{arguments.cron}": expected minute, hour, day, month and weekday, as in "0 3 * * *"')
+    with _at_work(arguments, config, serves=True) as work:
+        while True:
+            due = croniter(arguments.cron, time.time()).get_next(float)
+            work.console.print(f"next: {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due))}", highlight=False)
+            time.sleep(max(0, due - time.time()))
+            try:
+                print(json.dumps(_execute(config, work), ensure_ascii=False), flush=True)
+            except Exception as failure:  # the next time may go well
+                if find_user_error(failure) is None and not isinstance(failure, RuntimeError):
+                    raise
+                work.console.print(f"error: {find_user_error(failure) or failure}", highlight=False, markup=False)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from gru import tracking
+    from pipelines import sweep, train_generator
+    from pipelines.display import Display
+
+    config = entry.load_config(arguments.config, arguments.set)
+    trials = sweep.grid(config, arguments.over)
+    with _at_work(arguments, config, serves=False) as work:
+        rows = tuple(f"{sweep.label(changes)} {stage}" for changes in trials for stage in sweep.STAGES)
+        with Display(work.console, rows) as display:
+            surroundings = train_generator.Surroundings(work.jobs, work.logs, display.watch)
+            result = sweep.execute(config, trials, arguments.at_once, surroundings, work.database)
+        result["tracking"] = tracking.find_run(result["tracking"]).url
+        [best] = [changes for changes in trials if sweep.label(changes) == result["best"]]
+        work.console.print(_ranking(arguments.config, result, best), highlight=False, soft_wrap=True, markup=False)
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def _ranking(path: str, result: dict[str, Any], best: Sequence[str]) -> str:
+    """The trials of a sweep, the best first, and how to take it into service."""
+    trials = result["trials"].items()
+    ranked = sorted((trial["bits_per_byte"], label) for label, trial in trials if "error" not in trial)
+    failed = [f"  failed  {label}: {trial['error']}" for label, trial in trials if "error" in trial]
+    changes = " ".join(f"--set {shlex.quote(change)}" for change in best)
+    rows = "\n".join([*(f"  {score:.4f}  {label}" for score, label in ranked), *failed])
+    return f"""
+bits per byte on held-out text:
+{rows}
+
+tracking   {result["tracking"]}
+take it    gru run {path} {changes}"""
 
 
 def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What the workflows of a storage have done, and what they are at."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import train_generator
+from pipelines import sweep, train_generator
 from pipelines.display import COLOURS, elapsed
 from pipelines.ray_jobs import Attempt, RayJobs
 
 STATES = {"SUCCESS": "done", "ERROR": "failed", "CANCELLED": "cancelled"}
 NEWEST = 10
+STAGES = {train_generator.train_generator.__qualname__: train_generator.STAGES, sweep.trial.__qualname__: sweep.STAGES}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class StageStatus:
 @dataclass(frozen=True)
 class WorkflowStatus:
     id: str
-    name: str
+    kind: str
+    """train_generator, or trial: one of a sweep"""
     state: str
     """done, running, failed, cancelled; unfinished: nothing works on it, and the same `gru run` goes on"""
     began: float
@@ -46,7 +48,7 @@ def workflows(database: str, jobs: RayJobs | None, logs: Path) -> list[WorkflowS
     """The newest ones, last. jobs: None where no Ray is up."""
     client = train_generator.open_database(database)
     attempts = jobs.attempts() if jobs else []
-    found = client.list_workflows(sort_desc=True, limit=NEWEST, name=train_generator.train_generator.__qualname__)
+    found = client.list_workflows(sort_desc=True, limit=NEWEST, name=list(STAGES))
     return [_workflow(client, each, attempts, logs) for each in reversed(found)]
 
 
@@ -56,15 +58,18 @@ def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Pa
     state = STATES.get(status.status, "running" if current else "unfinished")
     began = status.created_at / 1000
     ended = (status.completed_at or status.updated_at) / 1000 if state != "running" else time.time()
-    stages = list(_stages(client.list_workflow_steps(status.workflow_id), current, attempts, logs))
-    stages += [StageStatus(name, "waiting", None, None, None) for name in train_generator.STAGES[len(stages) :]]
+    names = STAGES[status.name]
+    stages = list(_stages(names, client.list_workflow_steps(status.workflow_id), current, attempts, logs))
+    stages += [StageStatus(name, "waiting", None, None, None) for name in names[len(stages) :]]
     return WorkflowStatus(status.workflow_id, status.name, state, began, ended - began, stages)
 
 
-def _stages(steps: list[Any], current: list[Attempt], attempts: list[Attempt], logs: Path) -> Iterator[StageStatus]:
+def _stages(
+    names: Sequence[str], steps: list[Any], current: list[Attempt], attempts: list[Attempt], logs: Path
+) -> Iterator[StageStatus]:
     """Those that have ended, and the one that is running."""
     done = [step for step in steps if step["function_name"] == train_generator.run_stage.__qualname__]
-    for name, step in zip(train_generator.STAGES, done, strict=False):
+    for name, step in zip(names, done, strict=False):
         seconds = (step["completed_at_epoch_ms"] - step["started_at_epoch_ms"]) / 1000
         key = (step["output"] or {}).get("key")
         log = train_generator.log_file(logs, name, key) if key else None

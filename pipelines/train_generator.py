@@ -7,12 +7,15 @@ a stage whose result is in storage is not done again.
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from dbos import DBOS, DBOSClient, DBOSConfig, SetWorkflowID, error
+from dbos import DBOS, DBOSClient, DBOSConfig, SetWorkflowID
+from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
 from gru import storage, tracking
@@ -23,7 +26,7 @@ from jobs.stages import Result
 from pipelines.ray_jobs import JobFailed, RayJobs
 
 STAGES = ("prepare", "train", "evaluate", "promote", "serve")
-STEPS_VERSION = 1  # raise it when the steps change: a workflow must not be continued by others than those it began with
+STEPS_VERSION = 2  # raise it when the steps change: a workflow must not be continued by others than those it began with
 UNFINISHED = ["PENDING", "ENQUEUED"]
 DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 
@@ -46,14 +49,25 @@ _surroundings: Surroundings | None = None
 
 def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -> Result:
     """Run the workflow of this config to its end, or join the one that is under way; the summary of its stages."""
+    prefix = f"{config.name}-{content_key(STEPS_VERSION, config, stages.prepare(config).key)}"
+    config_json = config.model_dump_json()
+    with launched(prefix, surroundings, database):
+        result = attach_or_start(prefix, train_generator, config_json, prefix).get_result()
+        if stages.serve(config).result() is None:  # it was up when the workflow went on after a kill, and is no more
+            run_stage("serve", config_json, result["tracking"], result["dataset"], {})
+        return result
+
+
+@contextmanager
+def launched(prefix: str, surroundings: Surroundings, database: str) -> Iterator[None]:
+    """DBOS, with what was begun under this prefix going on, and nothing else."""
     global _surroundings
     _surroundings = surroundings
-    prefix = f"{config.name}-{content_key(STEPS_VERSION, config, stages.prepare(config).key)}"
     settings: DBOSConfig = {
         "name": "gru",
         "system_database_url": database,
         # A process recovers the workflows of its own executor, and runs those of its own version: with both its own,
-        # launching continues this config's workflow and no other's.
+        # launching continues this prefix's workflow and no other's.
         "application_version": prefix,
         "executor_id": prefix,
         "console_log_level": "CRITICAL",
@@ -61,15 +75,24 @@ def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -
     DBOS(config=settings)
     try:
         DBOS.launch()
-        try:
-            result = _attach_or_start(prefix, config).get_result()
-        except (error.DBOSAwaitedWorkflowCancelledError, error.DBOSWorkflowCancelledError):
-            raise JobFailed("cancelled; the same command goes on with what is there") from None
-        if stages.serve(config).result() is None:  # it was up when the workflow went on after a kill, and is no more
-            run_stage("serve", config.model_dump_json(), result["tracking"], result["dataset"], {})
-        return result
+        yield
+    except (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkflowCancelledError):
+        raise JobFailed("cancelled; the same command goes on with what is there") from None
     finally:
         DBOS.destroy()
+
+
+def attach_or_start(prefix: str, workflow: Callable[..., Result], *arguments: Any) -> Any:
+    """The handle of the newest workflow of that prefix, which is another one if that has ended."""
+    known = {}
+    for status in DBOS.list_workflows(workflow_id_prefix=f"{prefix}-"):
+        if found := re.fullmatch(re.escape(prefix) + r"-(\d+)", status.workflow_id):
+            known[int(found[1])] = status.status
+    newest = max(known, default=0)
+    if known.get(newest) in UNFINISHED:
+        return DBOS.retrieve_workflow(f"{prefix}-{newest}")
+    with SetWorkflowID(f"{prefix}-{newest + 1}"):
+        return DBOS.start_workflow(workflow, *arguments)
 
 
 def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[str]:
@@ -80,9 +103,13 @@ def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[
     found = client.list_workflows(status=UNFINISHED, workflow_id_prefix=f"{config.name}-")
     mine = [each.workflow_id for each in found if each.input and each.input["args"][0] == config.model_dump_json()]
     for workflow_id in mine:
-        client.cancel_workflow(workflow_id)
-        if parent := parent_of(client, workflow_id):
-            tracking.find_run(parent).finish("KILLED")  # first: with the last job an embedded MLflow may end
+        below = client.list_workflows(parent_workflow_id=workflow_id, status=UNFINISHED)
+        client.cancel_workflow(workflow_id, cancel_children=True)
+        ended = [workflow_id, *(each.workflow_id for each in below)]
+        parents = [parent for each in ended if (parent := parent_of(client, each))]
+        for parent in parents:  # first: with the last job an embedded MLflow may end
+            tracking.find_run(parent).finish("KILLED")
+        for parent in parents:
             if jobs:
                 jobs.stop(parent)
     return mine
@@ -117,32 +144,11 @@ def database_url(store: str) -> str:
     return f"sqlite:///{Path(store) / 'workflows.sqlite'}"
 
 
-def _attach_or_start(prefix: str, config: PipelineConfig) -> Any:
-    known = {}
-    for status in DBOS.list_workflows(workflow_id_prefix=f"{prefix}-"):
-        if found := re.fullmatch(re.escape(prefix) + r"-(\d+)", status.workflow_id):
-            known[int(found[1])] = status.status
-    newest = max(known, default=0)
-    if known.get(newest) in UNFINISHED:
-        return DBOS.retrieve_workflow(f"{prefix}-{newest}")
-    with SetWorkflowID(f"{prefix}-{newest + 1}"):
-        return DBOS.start_workflow(train_generator, config.model_dump_json(), prefix)
-
-
 @DBOS.workflow()
 def train_generator(config_json: str, key: str) -> Result:
-    parent = open_parent(config_json, key)
-    results: dict[str, Result] = {}
-    dataset = find_dataset(config_json)
-    try:
-        for name in STAGES:
-            results[name] = run_stage(name, config_json, parent, dataset, results)
-    except Exception:
-        close_parent(parent, "FAILED", {})
-        raise
-    names = ("bits_per_byte", "nats_per_character", "perplexity_per_token", "ngram_bits_per_byte")
-    measured = {name: results["evaluate"][name] for name in names}
-    close_parent(parent, "FINISHED", measured)
+    parent = open_parent(config_json, key, None, None)
+    dataset, results = run_stages(STAGES, config_json, parent, "")
+    measured = measures(results)
     return {
         "model": results["promote"]["model"],
         "version": results["promote"]["version"],
@@ -156,11 +162,31 @@ def train_generator(config_json: str, key: str) -> Result:
     }
 
 
+def run_stages(names: Sequence[str], config_json: str, parent: str, label: str) -> tuple[str, dict[str, Result]]:
+    """The dataset, and the results of these stages one after the other; then the MLflow run over them is closed."""
+    results: dict[str, Result] = {}
+    dataset = find_dataset(config_json)
+    try:
+        for name in names:
+            results[name] = run_stage(name, config_json, parent, dataset, results, label)
+    except Exception:
+        close_parent(parent, "FAILED", {})
+        raise
+    close_parent(parent, "FINISHED", measures(results))
+    return dataset, results
+
+
+def measures(results: dict[str, Result]) -> dict[str, float]:
+    names = ("bits_per_byte", "nats_per_character", "perplexity_per_token", "ngram_bits_per_byte")
+    return {name: results["evaluate"][name] for name in names}
+
+
 @DBOS.step()
-def open_parent(config_json: str, key: str) -> str:
-    """The MLflow run over all stages; its id."""
+def open_parent(config_json: str, key: str, name: str | None, above: str | None) -> str:
+    """The MLflow run over all stages, called like the config where it has no name, below another one if there is one;
+    its id."""
     config = PipelineConfig.model_validate_json(config_json)
-    run = tracking.open_run(config.experiment, key, config.name)
+    run = tracking.open_run(config.experiment, key, name or config.name, above)
     run.log_params(config.model_dump())
     return run.id
 
@@ -179,10 +205,12 @@ def close_parent(run_id: str, status: str, measured: dict[str, float]) -> None:
 
 
 @DBOS.step()
-def run_stage(name: str, config_json: str, parent: str, dataset: str, results: dict[str, Result]) -> Result:
-    """The result of a stage: the one that is there, or that of its Ray job."""
+def run_stage(
+    name: str, config_json: str, parent: str, dataset: str, results: dict[str, Result], label: str = ""
+) -> Result:
+    """The result of a stage: the one that is there, or that of its Ray job. It is watched under label and name."""
     assert _surroundings is not None
-    watch = _surroundings.watch
+    watch = partial(_watch, _surroundings.watch, label)
     config = PipelineConfig.model_validate_json(config_json)
     stage = stages.of(name, config, dataset, results)
     result = stage.result()
@@ -206,6 +234,10 @@ def run_stage(name: str, config_json: str, parent: str, dataset: str, results: d
     assert result is not None, f"{name} succeeded, but left no result"
     watch(name, "done", summary(name, result))
     return result
+
+
+def _watch(watch: Watch, label: str, name: str, state: State, detail: str) -> None:
+    watch(f"{label} {name}".strip(), state, detail)
 
 
 def log_file(logs: Path, stage: str, key: str) -> Path:
