@@ -34,8 +34,8 @@ class StageStatus:
 @dataclass(frozen=True)
 class WorkflowStatus:
     id: str
-    kind: str
-    """train_generator, or trial: one of a sweep"""
+    label: str
+    """What is changed in it, where it is one of a sweep."""
     state: str
     """done, running, failed, cancelled; unfinished: nothing works on it, and the same `gru run` goes on"""
     began: float
@@ -61,7 +61,8 @@ def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Pa
     names = STAGES[status.name]
     stages = list(_stages(names, client.list_workflow_steps(status.workflow_id), current, attempts, logs))
     stages += [StageStatus(name, "waiting", None, None, None) for name in names[len(stages) :]]
-    return WorkflowStatus(status.workflow_id, status.name, state, began, ended - began, stages)
+    label = status.input["args"][0] if status.name == sweep.trial.__qualname__ else ""
+    return WorkflowStatus(status.workflow_id, label, state, began, ended - began, stages)
 
 
 def _stages(
@@ -89,7 +90,7 @@ def table(found: list[WorkflowStatus]) -> Group:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(workflow.began))
         head = Text(f"{workflow.id}  ")
         head.append(workflow.state, style=COLOURS[workflow.state])
-        head.append(f"  began {began}, {elapsed(workflow.seconds)}")
+        head.append(f"  began {began}, {elapsed(workflow.seconds)}  {workflow.label}")
         rows = Table(box=None, pad_edge=True, show_header=False)
         for stage in workflow.stages:
             rows.add_row(

@@ -441,6 +441,47 @@ def test_what_is_cancelled_stops_everywhere(pipeline: Pipeline) -> None:
     assert (again.returncode, again.stderr) == (2, "error: no workflow of this config is under way\n")
 
 
+def test_a_sweep_that_is_killed_goes_on_and_finds_the_best(pipeline: Pipeline) -> None:
+    stack = [f"--ray-port={pipeline.ray_port}", f"--mlflow-port={pipeline.mlflow_port}"]
+    command = [*GRU, "sweep", pipeline.config, "--over", "train.steps=[20, 200]", "--at-once=2", *stack]
+    killed = subprocess.Popen(command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    wait_for("both jobs", lambda: len(pipeline.job_processes("train")) == 2)
+    killed.kill()
+    killed.wait()
+    done = subprocess.run(command, cwd=pipeline.directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["best"] == "train.steps=200"
+    assert set(result["trials"]) == {"train.steps=20", "train.steps=200"}
+    assert result["bits_per_byte"] == result["trials"]["train.steps=200"]["bits_per_byte"]
+    assert "take it    gru run" in done.stderr and "--set train.steps=200" in done.stderr
+    attempts = {stage["attempts"] for trial in pipeline.status()[-2:] for stage in trial["stages"]}
+    assert attempts == {1}, "each job once"
+    client = mlflow.MlflowClient(pipeline.tracking)
+    parent = client.get_run(result["tracking"].rsplit("/", 1)[1])
+    below = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    trials = client.search_runs([parent.info.experiment_id], below)
+    assert {run.info.run_name for run in trials} == set(result["trials"])
+    assert {run.info.status for run in [parent, *trials]} == {"FINISHED"}
+
+
+def test_a_schedule_runs_what_run_does(pipeline: Pipeline) -> None:
+    stack = [f"--ray-port={pipeline.ray_port}", f"--mlflow-port={pipeline.mlflow_port}"]
+    command = [*GRU, "schedule", pipeline.config, "--cron", "* * * * * */5", *stack]
+    with subprocess.Popen(
+        command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        results = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert [result["bits_per_byte"] for result in results] == [pipeline.result["bits_per_byte"]] * 2
+    with urllib.request.urlopen(f"{pipeline.endpoint}/ready") as response:
+        assert response.status == 200, "what others use stays up"
+    wrong = subprocess.run([*command[:4], "soon"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith('error: --cron "soon": expected minute, hour')
+
+
 def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None:
     command = [*GRU, "lineage", "fables:1", "--verify", f"--storage={pipeline.storage}"]
 
