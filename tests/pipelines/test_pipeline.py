@@ -455,7 +455,7 @@ def test_a_sweep_that_is_killed_goes_on_and_finds_the_best(pipeline: Pipeline) -
     assert set(result["trials"]) == {"train.steps=20", "train.steps=200"}
     assert result["bits_per_byte"] == result["trials"]["train.steps=200"]["bits_per_byte"]
     assert "take it    gru run" in done.stderr and "--set train.steps=200" in done.stderr
-    attempts = {stage["attempts"] for trial in pipeline.status()[-2:] for stage in trial["stages"]}
+    attempts = {stage["attempts"] for trial in pipeline.status()[-2:] for stage in trial["stages"][1:]}
     assert attempts == {1}, "each job once"
     client = mlflow.MlflowClient(pipeline.tracking)
     parent = client.get_run(result["tracking"].rsplit("/", 1)[1])
