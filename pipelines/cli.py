@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace) -> None:
         from pipelines.ray_jobs import RayJobs
 
         database = train_generator.database_url(config.storage)
-        working_dir = None if running.embedded_ray else str(Path(__file__).parents[1])
+        working_dir = None if running.embedded_ray else _checkout()
         jobs = RayJobs(running.ray, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
         logs = Path(config.storage if storage.is_local(config.storage) else ".") / "logs"
         console.print(f"logs: {logs}   Ray: {running.ray}   MLflow: {running.mlflow}", highlight=False, soft_wrap=True)
@@ -132,6 +132,13 @@ def _run(arguments: argparse.Namespace) -> None:
         if not arguments.exit:
             console.print("\nCtrl-C stops all of it.", highlight=False)
             signal.pause()
+
+
+def _checkout() -> str | None:
+    """The directory whose code goes to a cluster with each job. None where this is an installed package: then the
+    cluster runs the same image, and what is beside the package is all that was ever installed."""
+    root = Path(__file__).parents[1]
+    return str(root) if (root / "pyproject.toml").exists() else None
 
 
 def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:
