@@ -1,11 +1,14 @@
 """Serve the registry's @champion over HTTP (Ray Serve); returns when the endpoint answers."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gru.config import PipelineConfig
 from gru.errors import UserError
 from jobs import entry, stages
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 
 def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
@@ -22,6 +25,15 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     deployment.deploy(config.serve, config.model_name, tracking_uri)
     deployment.wait_ready(stage.path, stage.version, timeout=120)
     return stage.require()
+
+
+def application(arguments: dict[str, str]) -> "Application":
+    """The endpoint for `serve deploy` and KubeRay's RayService, which name a builder and its arguments: `config`, the
+    path of the TOML file. Host and port are theirs."""
+    from gru.serving import deployment
+
+    config = entry.load_config(arguments["config"], [])
+    return deployment.application(config.serve, config.model_name, entry.require_tracking())
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
         from pipelines import train_generator
         from pipelines.ray_jobs import RayJobs
 
-        working_dir = None if running.embedded_ray else str(Path(__file__).parents[1])
+        working_dir = None if running.embedded_ray else _checkout()
         jobs = RayJobs(running.ray, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
         logs = _logs(config.storage)
         console.print(f"logs: {logs}   Ray: {running.ray}   MLflow: {running.mlflow}", highlight=False, soft_wrap=True)
@@ -245,6 +245,13 @@ bits per byte on held-out text:
 
 tracking   {result["tracking"]}
 take it    gru run {path} {changes}"""
+
+
+def _checkout() -> str | None:
+    """The directory whose code goes to a cluster with each job. None where this is an installed package: then the
+    cluster runs the same image, and what is beside the package is all that was ever installed."""
+    root = Path(__file__).parents[1]
+    return str(root) if (root / "pyproject.toml").exists() else None
 
 
 def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:

@@ -97,6 +97,11 @@ def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
         Keys(config.keys)  # what is wrong with them is told here, not in each replica
     _move_to(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port})
+    serve.run(application(config, model_name, tracking_uri), name=APP, route_prefix="/")
+
+
+def application(config: ServeConfig, model_name: str, tracking_uri: str) -> serve.Application:
+    """The endpoint as what Ray Serve runs."""
     deployment = serve.deployment(
         name="Generator",
         **_scale(config),
@@ -107,7 +112,7 @@ def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
         graceful_shutdown_timeout_s=config.request_seconds,  # it is over at once where nothing is open
         ray_actor_options={"num_cpus": CPUS},
     )(serve.ingress()(Generator))
-    serve.run(deployment.bind(config, model_name, tracking_uri), name=APP, route_prefix="/")
+    return deployment.bind(config, model_name, tracking_uri)
 
 
 def _scale(config: ServeConfig) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 
 products = getattr(torch, sys.argv[1])
-x, weight, bias = (torch.ones(size, requires_grad=True) for size in [(4096, 64), (32768, 64), (32768,)])
+x, weight, bias = (torch.ones(size, requires_grad=True) for size in [(4096, 16), (32768, 16), (32768,)])
 before = peak()
 cross_entropy(x, weight, bias, torch.zeros(4096, dtype=torch.long), None, products).backward()
 print(peak() - before)
@@ -88,4 +88,4 @@ print(peak() - before)
 def test_a_large_vocabulary_needs_bounded_memory(products: str) -> None:
     """All logits of this window would be 512 MiB, and their gradient as much again."""
     done = subprocess.run([sys.executable, "-c", PEAK, products], capture_output=True, text=True, check=True)
-    assert 60 < int(done.stdout) < 300
+    assert 30 < int(done.stdout) < 150
