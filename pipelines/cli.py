@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         "--over", metavar="KEY=[...]", action="append", required=True, help="values of a key; of several, all choices"
     )
-    sweep.add_argument("--at-once", type=int, default=1, metavar="N", help="trials that run side by side (1)")
+    sweep.add_argument("--at-once", type=_count, default=1, metavar="N", help="trials that run side by side (1)")
     sweep.set_defaults(command=_sweep)
 
     for working in (run, schedule, sweep):
@@ -127,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     lineage.set_defaults(command=_lineage)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
 
 
 def _port(text: str) -> int:
@@ -203,9 +210,9 @@ def _schedule(arguments: argparse.Namespace) -> None:
         raise UserError(f'--cron "{arguments.cron}": expected minute, hour, day, month and weekday, as in "0 3 * * *"')
     with _at_work(arguments, config, serves=True) as work:
         while True:
-            due = croniter(arguments.cron, time.time()).get_next(float)
-            work.console.print(f"next: {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(due))}", highlight=False)
-            time.sleep(max(0, due - time.time()))
+            due = croniter(arguments.cron, datetime.now().astimezone()).get_next(datetime)
+            work.console.print(f"next: {due:%Y-%m-%d %H:%M:%S}", highlight=False)
+            time.sleep(max(0, due.timestamp() - time.time()))
             try:
                 print(json.dumps(_execute(config, work), ensure_ascii=False), flush=True)
             except Exception as failure:  # the next time may go well
