@@ -165,7 +165,7 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
     console = Console(stderr=True)
     with console.status("") as status:
         running = stack.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
-    with _stopped_afterwards(running, config.serve, console):
+    with _stopped_afterwards(running, config.serve if serves else None, console):
         os.environ.update(running.environment)
         from pipelines import train_generator
         from pipelines.ray_jobs import RayJobs
@@ -279,12 +279,12 @@ try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: applicatio
 
 
 @contextlib.contextmanager
-def _stopped_afterwards(running: "Stack", serve: ServeConfig, console: "Console") -> Iterator[None]:
+def _stopped_afterwards(running: "Stack", serve: ServeConfig | None, console: "Console") -> Iterator[None]:
     try:
         yield
     finally:
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait
-            if running.embedded_ray:
+            if running.embedded_ray and serve:
                 _let_answers_finish(f"http://{serve.host}:{serve.port}/ready", console)
         for number in (signal.SIGINT, *ENDS):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running

@@ -26,6 +26,7 @@ PARENT = "parent"  # in a job's metadata: the MLflow run over all stages
 POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 60
 LOST_PAUSES = (5, 20, 60)  # seconds before the next attempt, after one that was lost with its node
+NEVER_BEGUN = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR")  # nor would it the next time
 KILLED_STATUS = 128 + signal.SIGKILL  # what a shell says of it
 
 
@@ -170,4 +171,6 @@ class RayJobs:
 def _was_lost(details: "JobDetails") -> bool:
     """Whether it ended by no doing of its own: with its node, or killed."""
     status = details.driver_exit_code
-    return details.status.value == "FAILED" and (status is None or status < 0 or status == KILLED_STATUS)
+    if details.status.value != "FAILED" or details.error_type in NEVER_BEGUN:
+        return False
+    return status is None or status < 0 or status == KILLED_STATUS

@@ -559,14 +559,14 @@ def open_answers(pipeline: Pipeline) -> Iterator[list[list[str]]]:
         assert not reader.is_alive()
 
 
-def test_ctrl_c_leaves_no_process_and_the_same_command_does_no_stage_again(pipeline: Pipeline) -> None:
+def test_told_to_stop_it_finishes_answers_leaves_no_process_and_goes_on_where_it_was(pipeline: Pipeline) -> None:
     assert pipeline.process is not None
     back = subprocess.run([*pipeline.command, "--exit"], cwd=pipeline.directory, capture_output=True, text=True)
     assert back.returncode == 0, back.stderr  # a cluster has one endpoint, and the last test had it elsewhere
     processes = pipeline.stack_processes()
     assert len(processes) > 5
     with open_answers(pipeline) as finished:
-        pipeline.process.send_signal(signal.SIGINT)
+        pipeline.process.send_signal(signal.SIGTERM)  # as Ctrl-C
         assert pipeline.process.wait(60) == 130
     assert "stopping when" in pipeline.stderr
     assert finished == [["length"] * 8] * 4

@@ -165,7 +165,7 @@ def test_widths_that_round_differently_are_not_used(model: GRULanguageModel) -> 
 
     with torch.inference_mode():
         widths = reproducible_widths(Uneven(model), 32)
-    assert 8 not in widths and {16, 32} <= set(widths)
+    assert [width for width in widths if width >= 4] == [4, 16, 32]  # below, libraries multiply in other ways
 
 
 def test_a_document_may_end() -> None:
