@@ -51,7 +51,8 @@ class RayJobs:
     def __init__(self, address: str, working_dir: str | None, environment: dict[str, str]) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it sets its own level
+        for chatty in ("ray.dashboard.modules", "ray._private.runtime_env"):  # of what travels, for each job
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         try:
             self.client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
