@@ -6,12 +6,13 @@ documentation: `gru run --help` prints them.
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gru.errors import UserError
 
@@ -21,6 +22,22 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Cell = Literal["gru", "lstm", "rnn", "mingru"]
+
+
+def _check_label(text: str) -> str:
+    if not re.fullmatch(rf"([A-Za-z0-9.-]+/)?{_LABEL}", text):
+        raise ValueError("expected the name of a label, as in pool or ray.io/market-type")
+    return text
+
+
+def _check_selector(text: str) -> str:
+    if not re.fullmatch(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))", text):
+        raise ValueError("expected a label's value, as in gpu, !gpu, in(a, b) or !in(a, b)")
+    return text
+
+
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"  # as Kubernetes has it, and Ray
+Labels = dict[Annotated[str, AfterValidator(_check_label)], Annotated[str, AfterValidator(_check_selector)]]
 
 
 class Section(BaseModel):
@@ -113,8 +130,6 @@ class TrainConfig(Section):
     PLACEMENT: ClassVar = (
         "workers",
         "min_workers",
-        "cpus_per_worker",
-        "gpu",
         "threads",
         "checkpoint_seconds",
         "checkpoint_steps",
@@ -147,8 +162,6 @@ class TrainConfig(Section):
         description="Parts that the lanes are computed in, one after the other, with gradients summed in a fixed "
         "order: up to this many workers give bit-identical weights on CPUs. 0: plain DDP, the same up to rounding.",
     )
-    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each worker.")
-    gpu: bool = Field(False, description="Give each worker a GPU, and use NCCL between them.")
     threads: Annotated[int, Field(ge=0)] = Field(
         0,
         description="CPU threads of each worker; 0 shares the machine's cores between the workers on it, or is one "
@@ -252,6 +265,57 @@ class ServeConfig(Section):
         return self
 
 
+class Resources(Section):
+    """What of the cluster each process of a stage is given. What a stage makes is the same wherever it is made."""
+
+    cpus: Annotated[float, Field(ge=0)]
+    memory: PositiveInt | None = Field(None, description="Bytes of memory that Ray reserves for it. Absent: none.")
+    labels: Labels = Field(
+        {},
+        description='Labels of the nodes that it may be on: `{ pool = "gpu" }`, and for a value `!gpu`, `in(a, b)` or '
+        "`!in(a, b)`.",
+    )
+
+    def amounts(self) -> dict[str, float]:
+        """What is reserved, by Ray's names."""
+        return {"CPU": self.cpus, "memory": self.memory or 0}
+
+
+class PrepareResources(Resources):
+    cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each task.")
+
+
+class TrainResources(Resources):
+    cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each worker.")
+    gpus: Annotated[int, Field(ge=0, le=1)] = Field(
+        0, description="GPUs of each worker: with one, it trains on that, and NCCL is used between workers."
+    )
+
+    def amounts(self) -> dict[str, float]:
+        return {**super().amounts(), "GPU": self.gpus}
+
+
+class EvaluateResources(Resources):
+    cpus: Annotated[float, Field(ge=0)] = Field(
+        0,
+        description="CPUs that Ray reserves for the job, and for that of `promote`, which scores the present champion. "
+        "Where nothing is reserved and no label is named, they are on the head.",
+    )
+
+
+class ServeResources(Resources):
+    cpus: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="CPUs that Ray reserves for each replica; what is left of a small machine is for other stages."
+    )
+
+
+class ResourcesConfig(Section):
+    prepare: PrepareResources = PrepareResources()
+    train: TrainResources = TrainResources()
+    evaluate: EvaluateResources = EvaluateResources()
+    serve: ServeResources = ServeResources()
+
+
 class PipelineConfig(Section):
     name: Name = Field("gru", description="Name of the pipeline, its experiment and model.")
     storage: str = Field("./store", description="Path or URL where everything is kept.")
@@ -262,6 +326,16 @@ class PipelineConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     registry: RegistryConfig = RegistryConfig()
     serve: ServeConfig = ServeConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> "PipelineConfig":
+        if self.train.min_workers and self.resources.train.labels:
+            raise ValueError(
+                "train.min_workers and resources.train.labels exclude each other: Ray counts the room for workers on "
+                "all nodes, whatever their labels"
+            )
+        return self
 
     @property
     def model_name(self) -> str:
@@ -370,6 +444,8 @@ def _type_name(annotation: Any) -> str:
         return _type_name(get_args(annotation)[0])
     if get_origin(annotation) is list:
         return f"list of {_type_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return f"table of {_type_name(get_args(annotation)[1])}"
     inner = [_type_name(a) for a in get_args(annotation) if a is not type(None)]
     return " | ".join(inner) if inner else annotation.__name__
 

@@ -46,12 +46,13 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
         raise UserError(f"--contender {twice.pop()}: given twice: expected another name for each")
     for each in contenders:
         each.lane_order(dataset, config.train.seed)  # a corpus too small for the last is told before the first
-    if config.train.gpu and not torch.cuda.is_available():
-        raise UserError("train.gpu = true: this machine has no GPU")
-    device = torch.device("cuda" if config.train.gpu else "cpu")
+    gpu = config.resources.train.gpus > 0
+    if gpu and not torch.cuda.is_available():
+        raise UserError("resources.train.gpus = 1: this machine has no GPU")
+    device = torch.device("cuda" if gpu else "cpu")
     threads = config.train.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    machine = torch.cuda.get_device_name(device) if config.train.gpu else f"{threads} threads"
+    machine = torch.cuda.get_device_name(device) if gpu else f"{threads} threads"
     heldout = heldout_tokens(dataset, config.train.heldout_tokens)
     settings = config.evaluate
     measured = [settings.lanes, settings.heldout_bytes, config.train.heldout_tokens]

@@ -19,7 +19,8 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
 
     entry.start_ray()
     started = time.monotonic()
-    manifest = prepare(config.corpus, config.tokenizer, stage.directory, call.progress).manifest
+    resources = config.resources.prepare
+    manifest = prepare(config.corpus, config.tokenizer, stage.directory, call.progress, resources).manifest
     counts = {
         "documents": manifest.counts.documents,
         "bytes": manifest.counts.bytes,

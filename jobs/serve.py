@@ -22,7 +22,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
 
     entry.start_ray()
     call.progress("starting")
-    deployment.deploy(config.serve, config.model_name, tracking_uri)
+    deployment.deploy(config.serve, config.resources.serve, config.model_name, tracking_uri)
     deployment.wait_ready(stage.path, stage.version, timeout=120)
     return stage.require()
 
@@ -33,7 +33,8 @@ def application(arguments: dict[str, str]) -> "Application":
     from gru.serving import deployment
 
     config = entry.load_config(arguments["config"], [])
-    return deployment.application(config.serve, config.model_name, entry.require_tracking())
+    resources = config.resources.serve
+    return deployment.application(config.serve, resources, config.model_name, entry.require_tracking())
 
 
 if __name__ == "__main__":

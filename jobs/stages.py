@@ -59,7 +59,7 @@ class Service(Stage):
     model: str
     version: str
     settings: str
-    """A key of the [serve] section."""
+    """A key of the [serve] section and of what each replica is given."""
 
     def result(self) -> Result | None:
         try:
@@ -122,7 +122,7 @@ def serve(config: PipelineConfig) -> Service:
     champion = registry.resolve(config.model_name, registry.CHAMPION)
     if champion is None:
         raise UserError(f"model {config.model_name!r} has no @{registry.CHAMPION}: run python -m jobs.promote first")
-    settings = content_key(config.serve)
+    settings = content_key(config.serve, config.resources.serve)
     key = content_key("serve", config.model_name, champion.version, settings)
     address = f"http://{config.serve.host}:{config.serve.port}"
     return Service("serve", key, address, config.model_name, champion.version, settings)

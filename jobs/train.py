@@ -23,10 +23,12 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     dataset = open_dataset(prepared["dataset"])
     bundle = storage.join(stage.directory, "bundle")
     with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
-        run.log_params({"model": config.model.model_dump(), "train": config.train.model_dump()})
+        given = config.resources.train
+        settings = {"model": config.model, "train": config.train, "resources.train": given}
+        run.log_params({name: section.model_dump() for name, section in settings.items()})
         counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
         run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
-        last = train(config.model, config.train, dataset, stage.directory, tracking_uri, run.id, call.progress)
+        last = train(config.model, config.train, given, dataset, stage.directory, tracking_uri, run.id, call.progress)
         run.log_points(last.state["points"])
         run.log_loss_curve()
         lineage = {

@@ -74,7 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="train and evaluate variants of a config: which is best?")
     entry.add_config_arguments(sweep)
     sweep.add_argument(
-        "--over", metavar="KEY=[...]", action="append", required=True, help="values of a key; of several, all choices"
+        "--over",
+        metavar="KEY=[...]",
+        action="append",
+        default=[],
+        help="values of a key; of several, all choices",
+    )
+    sweep.add_argument(
+        "--trial",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="append",
+        default=[],
+        help="one variant by what it changes, beside those of --over",
     )
     sweep.add_argument("--at-once", type=_count, default=1, metavar="N", help="trials that run side by side (1)")
     sweep.set_defaults(command=_sweep)
@@ -227,7 +239,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     from pipelines.display import Display
 
     config = entry.load_config(arguments.config, arguments.set)
-    trials = sweep.grid(config, arguments.over)
+    trials = sweep.variants(config, arguments.over, arguments.trial)
     with _at_work(arguments, config, serves=False) as work:
         rows = tuple(f"{sweep.label(changes)} {stage}" for changes in trials for stage in sweep.STAGES)
         with Display(work.console, rows) as display:

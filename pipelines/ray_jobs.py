@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gru import storage
+from gru.config import Resources
 from gru.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,9 +67,17 @@ class RayJobs:
             self.python = ["python"]  # the cluster's own
 
     def run(
-        self, stage: str, key: str, arguments: list[str], parent: str, log: Path, progress: Callable[[str], None]
+        self,
+        stage: str,
+        key: str,
+        arguments: list[str],
+        parent: str,
+        log: Path,
+        progress: Callable[[str], None],
+        resources: Resources,
     ) -> None:
-        """Run `python -m jobs.STAGE ...` for what the key names, and wait for its success.
+        """Run `python -m jobs.STAGE ...` for what the key names, and wait for its success. `resources` are for the job
+        itself, beside what it asks for tasks and workers.
 
         An attempt that is under way is joined; after one that has ended, the next is made, and so it is where one is
         lost with its node. Raises UserError with the job's own line for a user's mistake, JobFailed for anything else.
@@ -76,7 +85,7 @@ class RayJobs:
         entrypoint = shlex.join([*self.python, "-m", f"jobs.{stage}", *arguments])
         log.parent.mkdir(parents=True, exist_ok=True)
         for pause in (*LOST_PAUSES, None):
-            submission_id = self._attach_or_submit(stage, key, entrypoint, parent)
+            submission_id = self._attach_or_submit(stage, key, entrypoint, parent, resources)
             details = asyncio.run(self._follow(submission_id, stage, log, progress))
             text = self._log_of(submission_id)
             storage.write_bytes(str(log), text.encode())
@@ -118,7 +127,7 @@ class RayJobs:
         except RuntimeError as error:  # it was on a node that is gone
             return f"its log is lost: {error}"
 
-    def _attach_or_submit(self, stage: str, key: str, entrypoint: str, parent: str) -> str:
+    def _attach_or_submit(self, stage: str, key: str, entrypoint: str, parent: str, resources: Resources) -> str:
         known = {each.number: each for each in self.attempts() if (each.stage, each.key) == (stage, key)}
         newest = max(known, default=0)
         if newest and not known[newest].details.status.is_terminal():
@@ -130,6 +139,10 @@ class RayJobs:
                 submission_id=submission_id,
                 runtime_env=self.runtime_env,
                 metadata={PARENT: parent},
+                # A job that wants any of these is on a node that has it, others are on the head.
+                entrypoint_num_cpus=resources.cpus,
+                entrypoint_memory=resources.memory,
+                entrypoint_label_selector=resources.labels,
             )
         except RuntimeError as error:
             if "already exists" not in str(error):  # else another process was faster: attach to its job

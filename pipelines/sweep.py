@@ -41,6 +41,16 @@ def grid(config: PipelineConfig, over: Sequence[str]) -> dict[Changes, PipelineC
     return {chosen: configuration.changed(config, chosen, "--over ") for chosen in itertools.product(*choices)}
 
 
+def variants(
+    config: PipelineConfig, over: Sequence[str], trials: Sequence[Sequence[str]]
+) -> dict[Changes, PipelineConfig]:
+    """Those of the grid, if there is one, and those listed: each some section.key=value. Raises UserError."""
+    if not over and not trials:
+        raise UserError("nothing to compare: expected --over KEY=[...] or --trial KEY=VALUE ..., or both")
+    listed = {tuple(each): configuration.changed(config, each, "--trial ") for each in trials}
+    return (grid(config, over) if over else {}) | listed
+
+
 def label(changes: Changes) -> str:
     return " ".join(changes)
 

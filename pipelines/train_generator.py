@@ -19,13 +19,14 @@ from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
 from gru import storage, tracking
-from gru.config import PipelineConfig, content_key
+from gru.config import PipelineConfig, Resources, content_key
 from gru.errors import UserError
 from jobs import stages
 from jobs.stages import Result
 from pipelines.ray_jobs import JobFailed, RayJobs
 
 STAGES = ("prepare", "train", "evaluate", "promote", "serve")
+SCORING = ("evaluate", "promote")  # whose jobs themselves compute
 STEPS_VERSION = 2  # raise it when the steps change: a workflow must not be continued by others than those it began with
 UNFINISHED = ["PENDING", "ENQUEUED"]
 DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
@@ -226,6 +227,7 @@ def run_stage(
             parent,
             log_file(_surroundings.logs, name, stage.key),
             lambda line: watch(name, "running", line),
+            config.resources.evaluate if name in SCORING else Resources(cpus=0),
         )
     except Exception:
         watch(name, "failed", "")

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gru import storage
-from gru.config import CorpusConfig, TokenizerConfig, content_key
+from gru import cluster, storage
+from gru.config import CorpusConfig, PrepareResources, TokenizerConfig, content_key
 from gru.corpus import duplicates, shards, sources
 from gru.corpus import tokenizer as tokenizers
 from gru.corpus.dataset import (
@@ -38,10 +38,12 @@ from gru.corpus.tokenizer import Tokenizer
 from gru.errors import UserError, find_user_error
 
 Progress = Callable[[str], None]
+InParallel = Callable[..., Iterator[tuple[Any, Any]]]
 
 _PIECE_BYTES = 1 << 20  # the tokenizer's sample is made of pieces of this size
 _EXPANSION = 4  # of compressed text, roughly: it only decides how much is sampled
 _EXAMPLES = 100  # places that a manifest names
+_GIVEN = PrepareResources()  # to each task, where nothing else is said
 
 
 def dataset_key(corpus: CorpusConfig, tokenizer: TokenizerConfig, files: list[sources.SourceFile] | None = None) -> str:
@@ -51,8 +53,14 @@ def dataset_key(corpus: CorpusConfig, tokenizer: TokenizerConfig, files: list[so
     return content_key(corpus, tokenizer, FORMAT_VERSION, listing, given)
 
 
-def prepare(corpus: CorpusConfig, tokenizer: TokenizerConfig, directory: str, progress: Progress) -> Dataset:
-    """Make the dataset, or what is still missing of it, with the Ray that is running.
+def prepare(
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    directory: str,
+    progress: Progress,
+    resources: PrepareResources = _GIVEN,
+) -> Dataset:
+    """Make the dataset, or what is still missing of it, with the Ray that is running, whose tasks get `resources`.
 
     Raises UserError if the sources cannot be read, hold nothing to train on or to hold out, or the disk is full.
     """
@@ -61,7 +69,7 @@ def prepare(corpus: CorpusConfig, tokenizer: TokenizerConfig, directory: str, pr
         return _tidied(open_dataset(directory))
     try:
         with storage.room(directory):
-            manifest = _make(corpus, tokenizer, directory, progress)
+            manifest = _make(corpus, tokenizer, directory, progress, resources)
             storage.write_json(manifest_file, manifest.model_dump(mode="json"))
     except Exception as error:
         if not storage.exists(manifest_file):  # else somebody made the same, and cleared our unfinished files away
@@ -81,29 +89,30 @@ def _tidied(dataset: Dataset) -> Dataset:
     return dataset
 
 
-def _make(corpus: CorpusConfig, config: TokenizerConfig, directory: str, progress: Progress) -> Manifest:
+def _make(
+    corpus: CorpusConfig, config: TokenizerConfig, directory: str, progress: Progress, resources: PrepareResources
+) -> Manifest:
     parse_template(corpus.template)
     files = sources.list_files(corpus)
     key = dataset_key(corpus, config, files)
-    partitions = sources.plan(files, corpus, _parallel_map)
+    if cluster.is_short(resources, 1):
+        progress(f"waiting: {cluster.shortage('prepare', resources)}")
+    in_parallel = partial(_in_parallel, resources)
+    partitions = sources.plan(files, corpus, partial(_map, in_parallel))
     progress(sources.describe(partitions))
-    tokenizer = _make_tokenizer(corpus, config, partitions, directory, key, progress)
+    tokenizer = _make_tokenizer(corpus, config, partitions, directory, key, progress, in_parallel)
     recipe = Recipe(directory, corpus, tokenizer.digest)
-    recipe = replace(recipe, parallel=len(partitions) < _cpus())
+    recipe = replace(recipe, parallel=len(partitions) < cluster.room(resources.labels)["CPU"])
     key = content_key(key, tokenizer.digest)
-    drafts = _drafts(recipe, key, partitions, progress)
+    drafts = _drafts(recipe, key, partitions, progress, in_parallel)
     equal, similar = _repeated(recipe, drafts, progress)
-    parts = _finish(recipe, key, drafts, {i: _either(equal, similar, i) for i in {*equal, *similar}}, progress)
+    parts = _finish(
+        recipe, key, drafts, {i: _either(equal, similar, i) for i in {*equal, *similar}}, progress, in_parallel
+    )
     dropped = sum((Counter(part.dropped) for part in parts), Counter[str]())
     for reason, masks in (("duplicate", equal), ("near_duplicate", similar)):
         dropped += Counter({reason: int(sum(mask.sum() for mask in masks.values()))})
     return _manifest(parts, dropped, corpus, config, tokenizer)
-
-
-def _cpus() -> float:
-    import ray
-
-    return ray.cluster_resources().get("CPU", 1)
 
 
 def recorded_sources(corpus: CorpusConfig) -> list[Source]:
@@ -175,6 +184,7 @@ def _make_tokenizer(
     directory: str,
     key: str,
     progress: Progress,
+    in_parallel: InParallel,
 ) -> Tokenizer:
     """Load or train the tokenizer, and write it to the dataset; an earlier try's is used again."""
     marker = storage.join(directory, PARTS, TOKENIZER)
@@ -184,7 +194,7 @@ def _make_tokenizer(
         tokenizer = tokenizers.load(config.path)
     else:
         progress(f"making a {config.kind} tokenizer")
-        [(_, made_json)] = _in_parallel(_train, [(corpus, config, partitions)])
+        [(_, made_json)] = in_parallel(_train, [(corpus, config, partitions)])
         tokenizer = Tokenizer(made_json)
     storage.write_bytes(storage.join(directory, TOKENIZER), tokenizer.json)
     storage.write_json(marker, {"key": key, "digest": tokenizer.digest})
@@ -224,7 +234,9 @@ def _sample(corpus: CorpusConfig, sample_bytes: int, partitions: list[Partition]
 # The partitions
 
 
-def _drafts(recipe: Recipe, key: str, partitions: list[Partition], progress: Progress) -> list[Part]:
+def _drafts(
+    recipe: Recipe, key: str, partitions: list[Partition], progress: Progress, in_parallel: InParallel
+) -> list[Part]:
     """What comes of each partition. One that fails does not keep the others from being finished."""
     parts = _finished(recipe, key, "draft")
     earlier = sum((part.counts for part in parts.values()), Counts())
@@ -232,7 +244,7 @@ def _drafts(recipe: Recipe, key: str, partitions: list[Partition], progress: Pro
     failed: dict[int, UserError] = {}
     left = [(index, partition) for index, partition in enumerate(partitions) if index not in parts]
     task = partial(_draft, recipe=recipe, key=key)
-    for (index, _), part in _in_parallel(task, left, failed):
+    for (index, _), part in in_parallel(task, left, failed):
         parts[index] = part
         made += part.counts
         done = earlier + made
@@ -275,12 +287,17 @@ def _either(first: dict[int, duplicates.Array], second: dict[int, duplicates.Arr
 
 
 def _finish(
-    recipe: Recipe, key: str, drafts: list[Part], repeated: dict[int, duplicates.Array], progress: Progress
+    recipe: Recipe,
+    key: str,
+    drafts: list[Part],
+    repeated: dict[int, duplicates.Array],
+    progress: Progress,
+    in_parallel: InParallel,
 ) -> list[Part]:
     """Put the shards in their place: the drafts themselves, or what is left of them without the repeated documents."""
     parts = _finished(recipe, key, "final")
     left = [(index, drafts[index], repeated[index]) for index in sorted(repeated) if index not in parts]
-    for (index, *_), part in _in_parallel(partial(_without, recipe=recipe, key=key), left):
+    for (index, *_), part in in_parallel(partial(_without, recipe=recipe, key=key), left):
         parts[index] = part
         progress(f"{len(parts)}/{len(repeated)} partitions without their duplicates")
     for index, part in enumerate(drafts):
@@ -315,15 +332,18 @@ def _finished(recipe: Recipe, key: str, step: str) -> dict[int, Part]:
 # Ray
 
 
-def _parallel_map(function: Callable[..., Any], items: Iterable[Any]) -> Iterable[Any]:
+def _map(in_parallel: InParallel, function: Callable[..., Any], items: Iterable[Any]) -> Iterable[Any]:
     """`map`, by Ray."""
     given = list(items)
-    done = dict(_in_parallel(function, given))
+    done = dict(in_parallel(function, given))
     return [done[item] for item in given]
 
 
 def _in_parallel(
-    function: Callable[[Any], Any], items: list[Any], failed: dict[int, UserError] | None = None
+    resources: PrepareResources,
+    function: Callable[[Any], Any],
+    items: list[Any],
+    failed: dict[int, UserError] | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield (item, function(item)) as each one is ready. A task whose worker dies is tried again.
 
@@ -344,7 +364,13 @@ def _in_parallel(
         with warnings.catch_warnings():
             # Ray 2.60 calls this way to set max_retries deprecated, and has no other; its default is for ever.
             warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-            results = rows.map(partial(_task, function=function), num_cpus=1, max_retries=3)
+            results = rows.map(
+                partial(_task, function=function),
+                num_cpus=resources.cpus,
+                memory=resources.memory,
+                label_selector=resources.labels or None,
+                max_retries=3,
+            )
         for row in results.iter_rows():
             item, result = items[row["index"]], pickle.loads(row["result"])
             if not isinstance(result, UserError):

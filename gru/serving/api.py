@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from gru.config import ServeConfig, content_key
+from gru.config import ServeConfig
 from gru.serving import playground
 from gru.serving.access import Gate, Keys
 from gru.serving.engine import Closed
@@ -41,14 +41,13 @@ AT_ONCE = 20_000  # characters that are tokenized at once; more would hold up th
 Provider = Callable[[], Sequence[Served]]
 
 
-def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None = None) -> FastAPI:
+def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None = None, settings: str = "") -> FastAPI:
     """The app. `provider` returns the models that answer now: the first is the one that requests go to which name no
-    other; the canary's share goes to the one with its alias."""
+    other; the canary's share goes to the one with its alias. `settings` names what it was deployed with."""
     app = FastAPI(title="GRU text generation", docs_url=None, redoc_url=None)  # their pages come from elsewhere
     metrics = metrics or Metrics(provider, "")
     keys = Keys(config.keys) if config.keys else None
     app.add_middleware(Gate, keys=keys, max_body=config.max_body_bytes, metrics=metrics)
-    settings = content_key(config)
     answers = Answers(provider, config, metrics)
     playground.add_to(app)
 

@@ -19,7 +19,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from ray.serve.context import _get_global_client
 
 from gru import registry, tracking
-from gru.config import ServeConfig
+from gru.config import ServeConfig, ServeResources, content_key
 from gru.errors import UserError
 from gru.network import require_free
 from gru.serving.access import Keys
@@ -28,7 +28,6 @@ from gru.serving.lineup import Lineup
 
 APP = "gru"
 IN_FLIGHT = "tokens_in_flight"
-CPUS = 0.5  # logical: what is left on a small machine is for the other stages
 THREADS = 1  # a step is too small to share; the other cores are for HTTP, and for other replicas
 
 SWITCH_SECONDS = (
@@ -41,19 +40,19 @@ log = logging.getLogger(__name__)
 class Generator:
     """A replica: the models that the registry names, and their HTTP interface."""
 
-    def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str) -> None:
+    def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str, settings: str) -> None:
         _stay_on_loopback()
         _log_requests()
         torch.set_num_threads(THREADS)
         sys.setswitchinterval(SWITCH_SECONDS)
         tracking.connect_impatiently(tracking_uri)
-        self._config = config
+        self._config, self._settings = config, settings
         kept = Path.home() / ".cache" / "gru-pipeline" / "served"
         self._lineup = Lineup(config, model_name, kept, serve.get_replica_context().replica_id.unique_id)
         self._lineup.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._lineup.models, self._config, self._lineup.metrics)
+        return create_app(lambda: self._lineup.models, self._config, self._lineup.metrics, self._settings)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {IN_FLIGHT: float(sum(served.engine.tokens_in_flight for served in self._lineup.models))}
@@ -84,7 +83,7 @@ def _stay_on_loopback() -> None:
     replica.add_port_to_grpc_server = lambda server, wanted: open_port(server, wanted.replace("[::]", address))
 
 
-def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
+def deploy(config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str) -> None:
     """Start Serve on the connected Ray cluster and put the endpoint up, or replace it; it outlives this process.
 
     Returns when a replica is ready. Raises UserError if the model has no @champion, if the port is in use, if the keys
@@ -97,11 +96,18 @@ def deploy(config: ServeConfig, model_name: str, tracking_uri: str) -> None:
         Keys(config.keys)  # what is wrong with them is told here, not in each replica
     _move_to(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port})
-    serve.run(application(config, model_name, tracking_uri), name=APP, route_prefix="/")
+    serve.run(application(config, resources, model_name, tracking_uri), name=APP, route_prefix="/")
 
 
-def application(config: ServeConfig, model_name: str, tracking_uri: str) -> serve.Application:
+def application(
+    config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str
+) -> serve.Application:
     """The endpoint as what Ray Serve runs."""
+    options: dict[str, Any] = {"num_cpus": resources.cpus}
+    if resources.memory:
+        options["memory"] = resources.memory
+    if resources.labels:
+        options["label_selector"] = resources.labels
     deployment = serve.deployment(
         name="Generator",
         **_scale(config),
@@ -110,9 +116,9 @@ def application(config: ServeConfig, model_name: str, tracking_uri: str) -> serv
         health_check_period_s=10,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=config.request_seconds,  # it is over at once where nothing is open
-        ray_actor_options={"num_cpus": CPUS},
+        ray_actor_options=options,
     )(serve.ingress()(Generator))
-    return deployment.bind(config, model_name, tracking_uri)
+    return deployment.bind(config, model_name, tracking_uri, content_key(config, resources))
 
 
 def _scale(config: ServeConfig) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.util import remove_placement_group
 
-from gru import storage
-from gru.config import ModelConfig, TrainConfig
+from gru import cluster, storage
+from gru.config import ModelConfig, TrainConfig, TrainResources
 from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import LaneOrder
 from gru.errors import GaveUp, Stopped, UserError, find_user_error
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 def train(
     model: ModelConfig,
     config: TrainConfig,
+    resources: TrainResources,
     dataset: Dataset,
     run: str,
     tracking_uri: str,
@@ -67,10 +68,11 @@ def train(
     LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.lanes, config.window)
     if (found := _last(run, identity)) and found.step >= config.steps:
         return found
-    _check_resources(config, show)
+    if cluster.is_short(resources, config.min_workers or config.workers):  # one that grows may still bring it
+        show(f"waiting: {_shortage(config, resources)}")
     with progress.followed(show) as actor, _signals() as told:
         assignment = loop.Assignment(model, config, dataset.directory, run, identity, tracking_uri, tracking_run, actor)
-        _fit_until_done(assignment, told, show)
+        _fit_until_done(assignment, resources, told, show)
     last = _last(run, identity)
     assert last is not None and last.step == config.steps, "the run ended without its last checkpoint"
     return last
@@ -81,12 +83,14 @@ def _last(run: str, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:
     return checkpoints.load(path) if path else None
 
 
-def _fit_until_done(assignment: loop.Assignment, told: "Told", show: Callable[[str], None]) -> None:
+def _fit_until_done(
+    assignment: loop.Assignment, resources: TrainResources, told: "Told", show: Callable[[str], None]
+) -> None:
     """Ray Train's fit, again where it ends for a reason that is not the training's own."""
     controllers_lost = 0
     while True:
         try:
-            ended = _fit(assignment, told)
+            ended = _fit(assignment, resources, told)
         except ray.exceptions.RayActorError as error:  # the controller itself, not a worker
             controllers_lost += 1
             if controllers_lost > CONTROLLER_FAILURES:
@@ -111,7 +115,7 @@ def _fit_until_done(assignment: loop.Assignment, told: "Told", show: Callable[[s
         show(f"a node is about to be taken away: saved at step {outcome['preempted']:,}, going on with the others")
 
 
-def _fit(assignment: loop.Assignment, told: "Told") -> bool:
+def _fit(assignment: loop.Assignment, resources: TrainResources, told: "Told") -> bool:
     """One controller's life; False if it was left behind. Raises RayActorError if it died."""
     config = assignment.train
     # Ray Train's own note of its checkpoints, of an earlier version of this program: truncated by a kill, it would end
@@ -123,13 +127,14 @@ def _fit(assignment: loop.Assignment, told: "Told") -> bool:
         loop.work,
         train_loop_config={"assignment": assignment},
         torch_config=TorchConfig(
-            backend="cpu:gloo,cuda:nccl" if config.gpu else "gloo", timeout_s=math.ceil(config.stall_seconds)
+            backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo", timeout_s=math.ceil(config.stall_seconds)
         ),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.workers) if config.min_workers else config.workers,
             elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-            use_gpu=config.gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if config.gpu else {}),
+            use_gpu=resources.gpus > 0,
+            resources_per_worker={name: amount for name, amount in resources.amounts().items() if amount},
+            label_selector=resources.labels or None,
         ),
         run_config=RunConfig(
             name=name,
@@ -151,7 +156,7 @@ def _fit(assignment: loop.Assignment, told: "Told") -> bool:
     except ray.train.TrainingFailedError as error:
         failure = getattr(error, "controller_failure", None)
         if isinstance(failure, WorkerGroupStartupTimeoutError):
-            raise GaveUp(f"{_shortage(config)}: they did not come in time") from None
+            raise GaveUp(f"the workers did not come in time: {_shortage(config, resources)}") from None
         if isinstance(failure, WorkerGroupStartupFailedError):
             raise GaveUp(f"the workers could not be started: {_first_line(failure)}") from error
         if mistake := find_user_error(error):
@@ -165,23 +170,9 @@ def _fit(assignment: loop.Assignment, told: "Told") -> bool:
         ) from error
 
 
-def _check_resources(config: TrainConfig, show: Callable[[str], None]) -> None:
-    """Say what is missing: a cluster that grows may still bring it."""
-    present = ray.cluster_resources()
-    workers = config.min_workers or config.workers
-    wanted = {"CPU": workers * config.cpus_per_worker, "GPU": workers * int(config.gpu)}
-    if any(present.get(name, 0) < amount for name, amount in wanted.items()):
-        show(f"waiting: {_shortage(config)}")
-
-
-def _shortage(config: TrainConfig) -> str:
-    present = ray.cluster_resources()
-    gpu = ", train.gpu = true" if config.gpu else ""
+def _shortage(config: TrainConfig, resources: TrainResources) -> str:
     least = f"train.min_workers = {config.min_workers}" if config.min_workers else f"train.workers = {config.workers}"
-    return (
-        f"{least}, train.cpus_per_worker = {config.cpus_per_worker}{gpu} need more than "
-        f"this cluster's {present.get('CPU', 0):.0f} CPUs and {present.get('GPU', 0):.0f} GPUs"
-    )
+    return f"{least}, {cluster.shortage('train', resources)}"
 
 
 class Told:

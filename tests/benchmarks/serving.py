@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from gru import registry, tracking
-from gru.config import CorpusConfig, ModelConfig, ServeConfig, TokenizerConfig
+from gru.config import CorpusConfig, ModelConfig, ServeConfig, ServeResources, TokenizerConfig
 from gru.corpus import sources, tokenizer
 from gru.corpus.documents import Report, documents
 from gru.model.decoder import decoder_for
@@ -240,7 +240,7 @@ def url_of(port: int) -> str:
 
 def serve(uri: str, port: int, slots: int) -> str:
     config = ServeConfig(port=port, slots=slots, max_queue=2 * slots, max_tokens_in_flight=1 << 30)
-    deployment.deploy(config, NAME, uri)
+    deployment.deploy(config, ServeResources(), NAME, uri)
     url = url_of(port)
     deployment.wait_ready(url, "1", 120)
     load(throughput, url, 8, 20)  # warm

@@ -17,7 +17,7 @@ import psutil
 
 from gru import config as configuration
 from gru import tracking
-from gru.config import TrainConfig
+from gru.config import TrainConfig, TrainResources
 from gru.corpus.dataset import Dataset
 from gru.corpus.prepare import prepare
 from gru.training.trainer import train
@@ -43,7 +43,8 @@ class Bench:
         settings = PRESET.train.model_dump() | {"heldout_steps": 1_000_000, "log_steps": 5} | changes
         run = tracking.open_run("bench", name, name)
         model, path = PRESET.model, str(self.folder / name)
-        train(model, TrainConfig.model_validate(settings), self.dataset, path, self.tracking, run.id, watch)
+        config = TrainConfig.model_validate(settings)
+        train(model, config, TrainResources(), self.dataset, path, self.tracking, run.id, watch)
         return run
 
     def speed(self, **changes: Any) -> float:

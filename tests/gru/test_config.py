@@ -29,10 +29,10 @@ def test_presets_are_valid(preset: str) -> None:
 
 def test_overrides_take_toml_values_and_bare_words(minimal: Path) -> None:
     config = load(
-        minimal, ["train.steps=7", "name=mine", 'corpus.sources=["x", "y"]', "train.gpu=true", "storage=/a b/c"]
+        minimal,
+        ["train.steps=7", "name=mine", 'corpus.sources=["x", "y"]', "train.bitwise_elastic=2", "storage=/a b/c"],
     )
     assert (config.train.steps, config.name, config.corpus.sources) == (7, "mine", ["x", "y"])
-    assert config.train.gpu is True
     assert config.storage == "/a b/c"
 
 
@@ -59,12 +59,23 @@ def test_json_text_is_the_same_configuration(minimal: Path) -> None:
         ("corpus.sources=[]", "corpus.sources: "),
         ("train", "--set train: expected section.key=value"),
         ("name.x=1", "name: "),
+        ("resources.train.gpus=2", "resources.train.gpus: input should be less than or equal to 1, not 2"),
+        ("resources.serve.gpus=1", "resources.serve.gpus: unknown key; known here: cpus, memory, labels"),
+        ("resources.train.labels.pool=-", "resources.train.labels.pool: expected a label's value, as in gpu, !gpu, "),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(minimal: Path, override: str, says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)) as caught:
         load(minimal, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_labels_are_a_table_of_names_and_what_they_are_to_be(minimal: Path) -> None:
+    config = load(minimal, ['resources.train={gpus=1, labels={pool="!in(a, b)"}}', "resources.serve.labels.pool=gpu"])
+    assert config.resources.train.labels == {"pool": "!in(a, b)"} and config.resources.train.gpus == 1
+    assert config.resources.serve.labels == {"pool": "gpu"}
+    with pytest.raises(UserError, match=r"train\.min_workers and resources\.train\.labels exclude each other"):
+        load(minimal, ["train.min_workers=1", "resources.train.labels.pool=gpu"])
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -86,9 +97,10 @@ def keys(record: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def test_every_key_is_described_under_its_section() -> None:
     text = describe()
+    assert "  resources.train.labels: table of str (default {})\n" in text
     for key in keys(PipelineConfig):
         assert re.search(rf"^  {re.escape(key)}: .+\n      \S.+$", text, re.MULTILINE), key
-    assert {"[corpus]", "[serve]", "[serve.canary]"} <= set(text.splitlines())
+    assert {"[corpus]", "[serve]", "[serve.canary]", "[resources.train]"} <= set(text.splitlines())
 
 
 def test_keys_differ_with_what_goes_in_and_only_then(minimal: Path) -> None:

@@ -21,7 +21,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from gru import config as configuration
-from gru.config import ServeConfig
+from gru.config import ServeConfig, content_key
 from gru.serving.metrics import Metrics
 from pipelines import cli
 
@@ -258,7 +258,7 @@ def pipeline(tmp_path: Path) -> Path:
 def test_the_configuration_is_valid_and_open_only_to_keys(pipeline: Path) -> None:
     config = configuration.load(pipeline)
     assert config.serve.host == "0.0.0.0" and config.serve.keys == "/etc/gru/keys/keys"
-    assert config.train.gpu
+    assert config.resources.train.gpus == 1
     assert config.storage in values(manifests("RayCluster"), "mountPath")
     assert config.corpus.sources[0].startswith(config.storage)
     for manifest in manifests("RayCluster", "RayJob"):  # those that train
@@ -282,7 +282,8 @@ def test_the_service_is_what_serve_deploys(pipeline: Path, monkeypatch: pytest.M
     built = getattr(importlib.import_module(module), builder)({"config": str(pipeline)})
     [generator] = build_app(built, name=application.name).deployments
     assert generator.name == "Generator"
-    assert generator.init_args == (config.serve, config.model_name, "http://mlflow:5000")
+    settings = content_key(config.serve, config.resources.serve)
+    assert generator.init_args == (config.serve, config.model_name, "http://mlflow:5000", settings)
 
 
 # Compose, the image and `ray up`

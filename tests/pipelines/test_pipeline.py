@@ -443,7 +443,8 @@ def test_what_is_cancelled_stops_everywhere(pipeline: Pipeline) -> None:
 
 def test_a_sweep_that_is_killed_goes_on_and_finds_the_best(pipeline: Pipeline) -> None:
     stack = [f"--ray-port={pipeline.ray_port}", f"--mlflow-port={pipeline.mlflow_port}"]
-    command = [*GRU, "sweep", pipeline.config, "--over", "train.steps=[20, 200]", "--at-once=2", *stack]
+    variants = ["--over", "train.steps=[20]", "--trial", "train.steps=200"]
+    command = [*GRU, "sweep", pipeline.config, *variants, "--at-once=2", *stack]
     killed = subprocess.Popen(command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     wait_for("both jobs", lambda: len(pipeline.job_processes("train")) == 2)
     killed.kill()

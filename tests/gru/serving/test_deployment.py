@@ -21,7 +21,7 @@ import torch
 from ray import serve
 
 from gru import registry, tracking
-from gru.config import ModelConfig, ServeConfig, TokenizerConfig
+from gru.config import ModelConfig, ServeConfig, ServeResources, TokenizerConfig
 from gru.corpus.tokenizer import Tokenizer, train
 from gru.evaluation import sample_ids
 from gru.model.language_model import GRULanguageModel
@@ -82,7 +82,7 @@ def endpoint(ray_local: None, empty_database: Path, tmp_path_factory: pytest.Tem
             bundles.append(registry.load_bundle(path))
         made = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, bundles)
         made.name(1)
-        deployment.deploy(made.config, "poet", uri)
+        deployment.deploy(made.config, ServeResources(), "poet", uri)
         deployment.wait_ready(made.url, "1", 120)
         yield made
         serve.shutdown()
@@ -195,7 +195,7 @@ def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -
     stream = endpoint.write(stream=True, max_tokens=tokens)
     text = next(stream).choices[0].text
     changed = endpoint.config.model_copy(update={"slots": 16})
-    replacing = threading.Thread(target=deployment.deploy, args=(changed, "poet", endpoint.tracking))
+    replacing = threading.Thread(target=deployment.deploy, args=(changed, ServeResources(), "poet", endpoint.tracking))
     replacing.start()
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == endpoint.expected(1, tokens=tokens)
@@ -207,7 +207,7 @@ def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -
 def test_replicas_follow_the_tokens_in_flight_and_sessions_their_states(endpoint: Endpoint) -> None:
     """Last, since it leaves another deployment."""
     changed = endpoint.config.model_copy(update={"max_replicas": 2, "tokens_per_replica": 2000})
-    deployment.deploy(changed, "poet", endpoint.tracking)
+    deployment.deploy(changed, ServeResources(), "poet", endpoint.tracking)
     wait_for("answers", lambda: answers(endpoint))
 
     def replicas() -> int:

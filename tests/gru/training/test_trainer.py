@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gru import tracking
-from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainResources
 from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.corpus.prepare import prepare
@@ -20,6 +20,7 @@ from gru.training.trainer import train
 
 MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1, precision="fp32")
 CONFIG = TrainConfig(steps=60, lanes=6, window=16, workers=2, threads=1, heldout_steps=20, checkpoint_seconds=0.5)
+GIVEN = TrainResources()
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def dataset(fables: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: N
 def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, mlflow_store: str) -> None:
     run = tracking.open_run("test", "key", "train")
     lines: list[str] = []
-    last = train(MODEL, CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    last = train(MODEL, CONFIG, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
     assert last.step == 60
     assert last.state["precision"] == "fp32"
     assert last.tensors["lanes"]["state"].shape == (1, 6, 32)
@@ -54,10 +55,11 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
     means = [sum(losses[i : i + 10]) / 10 for i in range(0, 60, 10)]
     assert [loss for _, loss in logged] == pytest.approx(means, rel=1e-4)
 
-    again = train(MODEL, CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    again = train(MODEL, CONFIG, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
     assert again.state == last.state, "a finished run is not trained again"
     with pytest.raises(UserError, match=r"its model\.embedding is 32, but this run's is 8"):
-        train(ModelConfig(embedding=8), CONFIG, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
+        other = ModelConfig(embedding=8)
+        train(other, CONFIG, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -69,7 +71,7 @@ def test_training_that_diverges_says_so_and_is_not_tried_again(
     directory = tmp_path / "runs" / "r"
     lines: list[str] = []
     with pytest.raises(UserError, match=r"training diverged: the gradient's norm is \w+ at step \d+ in \d of 6 lanes"):
-        train(MODEL, config, dataset, str(directory), mlflow_store, run.id, lines.append)
+        train(MODEL, config, GIVEN, dataset, str(directory), mlflow_store, run.id, lines.append)
     assert not any("failure" in line for line in lines)
     report = json.loads((directory / DIVERGENCE).read_text())
     [newest, *_] = checkpoints.paths(str(directory))
@@ -92,4 +94,4 @@ def test_training_that_diverges_says_so_and_is_not_tried_again(
 def test_a_corpus_smaller_than_a_window_for_each_lane_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"lanes": 1000, "window": 1000})
     with pytest.raises(UserError, match=r"too few for train.lanes = 1000"):
-        train(MODEL, config, dataset, str(tmp_path / "runs" / "r"), mlflow.get_tracking_uri(), "none", print)
+        train(MODEL, config, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow.get_tracking_uri(), "none", print)

@@ -1,0 +1,37 @@
+"""What the nodes of the Ray cluster have: for a word to the user where a stage wants more."""
+
+from gru.config import Resources
+
+
+def room(labels: dict[str, str]) -> dict[str, float]:
+    """The CPUs, GPUs and bytes of memory, free or not, that the nodes with these labels have together."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and _has(node["Labels"], labels)]
+    return {name: sum(node["Resources"].get(name, 0) for node in nodes) for name in ("CPU", "GPU", "memory")}
+
+
+def _has(there: dict[str, str], wanted: dict[str, str]) -> bool:
+    """As Ray reads a label selector: a value or in(one, another), with `!` before it if it must be none of these."""
+    for key, selector in wanted.items():
+        values = selector.removeprefix("!").removeprefix("in(").removesuffix(")").split(",")
+        if (there.get(key) in [value.strip() for value in values]) == selector.startswith("!"):
+            return False
+    return True
+
+
+def is_short(wanted: Resources, processes: int) -> bool:
+    """Whether the nodes, as they are, can never give this to so many processes."""
+    present = room(wanted.labels)
+    return any(present[name] < processes * amount for name, amount in wanted.amounts().items())
+
+
+def shortage(stage: str, wanted: Resources) -> str:
+    """What is wanted, by its keys, and what there is."""
+    keys = [f"resources.{stage}.{key} = {value}" for key, value in wanted.model_dump().items() if value]
+    present = room(wanted.labels)
+    nodes = "the nodes with these labels" if wanted.labels else "this cluster's nodes"
+    return (
+        f"{', '.join(keys)}: no room on {nodes}, which have {present['CPU']:.0f} CPUs, {present['GPU']:.0f} GPUs and "
+        f"{present['memory'] / 1e9:.1f} GB of memory"
+    )

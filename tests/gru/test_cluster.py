@@ -1,0 +1,41 @@
+import pytest
+import ray
+
+from gru import cluster
+from gru.config import Resources, TrainResources
+
+pytestmark = pytest.mark.usefixtures("ray_local")  # one node of four CPUs
+
+
+@pytest.mark.parametrize(
+    ("wanted", "processes", "short"),
+    [
+        (Resources(cpus=2), 2, False),
+        (Resources(cpus=2), 3, True),
+        (TrainResources(cpus=1, gpus=1), 1, True),
+        (Resources(cpus=1, memory=1 << 60), 1, True),
+        (Resources(cpus=1, labels={"pool": "gpu"}), 1, True),
+        (Resources(cpus=1, labels={"pool": "!gpu"}), 1, False),
+    ],
+)
+def test_what_there_is_no_room_for_is_known(wanted: Resources, processes: int, short: bool) -> None:
+    assert cluster.is_short(wanted, processes) == short
+
+
+def test_room_is_on_the_nodes_with_the_labels() -> None:
+    name, node = "ray.io/node-id", ray.nodes()[0]["NodeID"]
+    assert cluster.room({})["CPU"] == 4
+    for selector in (node, f"in(a, {node})", "!in(a, b)"):
+        assert cluster.room({name: selector}) == cluster.room({})
+    assert cluster.room({name: f"!in(a, {node})"}) == {"CPU": 0, "GPU": 0, "memory": 0}
+
+
+def test_a_shortage_is_told_by_its_keys() -> None:
+    assert cluster.shortage("prepare", Resources(cpus=8)).startswith(
+        "resources.prepare.cpus = 8.0: no room on this cluster's nodes, which have 4 CPUs, 0 GPUs and "
+    )
+    told = cluster.shortage("train", TrainResources(gpus=1, labels={"pool": "gpu"}))
+    assert told == (
+        "resources.train.cpus = 1, resources.train.labels = {'pool': 'gpu'}, resources.train.gpus = 1: no room on the "
+        "nodes with these labels, which have 0 CPUs, 0 GPUs and 0.0 GB of memory"
+    )
