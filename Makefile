@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test test-faults test-browser lint bench clean
+.PHONY: run test test-faults test-cluster test-browser lint bench clean
 .SILENT:
 
 run: $(INSTALLED)
@@ -14,6 +14,9 @@ test: $(INSTALLED)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)
+
+test-cluster: $(INSTALLED)
+	$(BIN)/python -m pytest -m cluster -rP $(ARGS)
 
 test-browser: $(INSTALLED)
 	$(BIN)/python -m pytest -m browser $(ARGS)

@@ -1,14 +1,21 @@
 """What the nodes of the Ray cluster have: for a word to the user where a stage wants more."""
 
+from typing import Any
+
 from gru.config import Resources
 
 
 def room(labels: dict[str, str]) -> dict[str, float]:
     """The CPUs, GPUs and bytes of memory, free or not, that the nodes with these labels have together."""
+    there = nodes(labels)
+    return {name: sum(node["Resources"].get(name, 0) for node in there) for name in ("CPU", "GPU", "memory")}
+
+
+def nodes(labels: dict[str, str]) -> list[dict[str, Any]]:
+    """Those with these labels, as `ray.nodes` tells of them."""
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"] and _has(node["Labels"], labels)]
-    return {name: sum(node["Resources"].get(name, 0) for node in nodes) for name in ("CPU", "GPU", "memory")}
+    return [node for node in ray.nodes() if node["Alive"] and _has(node["Labels"], labels)]
 
 
 def _has(there: dict[str, str], wanted: dict[str, str]) -> bool:
@@ -30,8 +37,8 @@ def shortage(stage: str, wanted: Resources) -> str:
     """What is wanted, by its keys, and what there is."""
     keys = [f"resources.{stage}.{key} = {value}" for key, value in wanted.model_dump().items() if value]
     present = room(wanted.labels)
-    nodes = "the nodes with these labels" if wanted.labels else "this cluster's nodes"
+    where = "the nodes with these labels" if wanted.labels else "this cluster's nodes"
     return (
-        f"{', '.join(keys)}: no room on {nodes}, which have {present['CPU']:.0f} CPUs, {present['GPU']:.0f} GPUs and "
+        f"{', '.join(keys)}: no room on {where}, which have {present['CPU']:.0f} CPUs, {present['GPU']:.0f} GPUs and "
         f"{present['memory'] / 1e9:.1f} GB of memory"
     )

@@ -328,15 +328,6 @@ class PipelineConfig(Section):
     serve: ServeConfig = ServeConfig()
     resources: ResourcesConfig = ResourcesConfig()
 
-    @model_validator(mode="after")
-    def check(self) -> "PipelineConfig":
-        if self.train.min_workers and self.resources.train.labels:
-            raise ValueError(
-                "train.min_workers and resources.train.labels exclude each other: Ray counts the room for workers on "
-                "all nodes, whatever their labels"
-            )
-        return self
-
     @property
     def model_name(self) -> str:
         return self.registry.model or self.name

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 KEY_VARIABLE = "GRU_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost")
 FINISH_SECONDS = 10  # that answers in the making have when all of it is stopped
 ENDS = (signal.SIGTERM, signal.SIGHUP)  # as Ctrl-C
 
@@ -172,8 +174,8 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
     from pipelines import stack
 
     storage.check_writable(config.storage)
-    if serves and "RAY_ADDRESS" not in os.environ and not stack.address(config.storage, "ray"):
-        require_free(config.serve.host, config.serve.port, "--set serve.port=PORT")
+    if serves and not stack.address(config.storage, "ray"):
+        _check_address(config.serve)
     console = Console(stderr=True)
     with console.status("") as status:
         running = stack.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
@@ -183,10 +185,22 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
         from pipelines.ray_jobs import RayJobs
 
         working_dir = None if running.embedded_ray else _checkout()
-        jobs = RayJobs(running.ray, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
+        jobs = RayJobs(running.ray, config.storage, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
         logs = _logs(config.storage)
         console.print(f"logs: {logs}   Ray: {running.ray}   MLflow: {running.mlflow}", highlight=False, soft_wrap=True)
         yield Work(console, jobs, logs, train_generator.database_url(config.storage))
+
+
+def _check_address(serve: ServeConfig) -> None:
+    """Raises UserError where nothing could be served, or not be seen from here."""
+    ray_host = urllib.parse.urlsplit(os.environ.get("RAY_ADDRESS", "")).hostname
+    if ray_host is None:
+        require_free(serve.host, serve.port, "--set serve.port=PORT")
+    elif ray_host not in LOOPBACK and serve.host in (*LOOPBACK, "0.0.0.0", "::"):
+        raise UserError(
+            f"serve.host = {serve.host!r} is not where {ray_host} (RAY_ADDRESS) is reached from here: set it to an "
+            "address of that machine, such as its name, and serve.keys to a file of keys there"
+        )
 
 
 def _execute(config: PipelineConfig, work: Work) -> dict[str, Any]:
@@ -280,6 +294,7 @@ def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:
     printable = "".join(c if c.isprintable() or c in "\n\t" else "�" for c in result["sample"].strip("\n"))
     sample = "\n".join(f"    {line}" for line in printable.splitlines())
     served = f"version {result['serving']} of {result['model']}"
+    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if config.serve.keys else ""
     return f"""
 {result["bits_per_byte"]:.3f} bits per byte, {result["nats_per_character"]:.3f} nats per character on held-out text
 
@@ -287,7 +302,7 @@ def _summary(config: PipelineConfig, result: dict[str, Any]) -> str:
 
 tracking   {result["tracking"]}
 endpoint   {result["endpoint"]} serves {served}
-try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: application/json' -d {body}"""
+try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: application/json'{key} -d {body}"""
 
 
 @contextlib.contextmanager
@@ -391,7 +406,7 @@ def _status(arguments: argparse.Namespace) -> None:
     from pipelines import status, train_generator
 
     store = storage.absolute(arguments.storage, Path.cwd())
-    found = status.workflows(train_generator.database_url(store), _jobs_of(store), _logs(store))
+    found = status.workflows(store, train_generator.database_url(store), _jobs_of(store), _logs(store))
     if arguments.json:
         print(json.dumps(status.as_json(found), ensure_ascii=False))
     else:
@@ -418,7 +433,7 @@ def _jobs_of(store: str) -> "RayJobs | None":
         return None
     address, environment = found
     os.environ.update(environment)
-    return RayJobs(address, None, {})
+    return RayJobs(address, store, None, {})
 
 
 def _logs(store: str) -> Path:

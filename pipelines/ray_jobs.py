@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gru import storage
-from gru.config import Resources
+from gru.config import Resources, content_key
 from gru.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,18 +47,23 @@ class Attempt(NamedTuple):
 
 
 class RayJobs:
-    """The job server of one cluster. `working_dir` travels with each job; None where the code is there already."""
+    """The jobs of one storage on one cluster. `working_dir` travels with each; None where the code is there already."""
 
-    def __init__(self, address: str, working_dir: str | None, environment: dict[str, str]) -> None:
+    def __init__(self, address: str, store: str, working_dir: str | None, environment: dict[str, str]) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        for chatty in ("ray.dashboard.modules", "ray._private.runtime_env"):  # of what travels, for each job
-            logging.getLogger(chatty).setLevel(logging.ERROR)
+        for told in (
+            "ray.dashboard.modules.dashboard_sdk",
+            "ray.dashboard.modules.job.sdk",
+            "ray._private.runtime_env",
+        ):
+            logging.getLogger(told).setLevel(logging.ERROR)  # of what travels, with each job
         try:
             self.client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"no Ray job server answers at {address} (RAY_ADDRESS): {reason}") from None
+        self.scope = content_key(store)[:6]  # the same of another storage is another job
         # A job that is stopped saves what it has; Ray would kill it after 3 s.
         self.runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", **environment}}
         self.python = [sys.executable, "-P"]  # not what may be called jobs in the current directory
@@ -103,10 +108,10 @@ class RayJobs:
         raise JobFailed(f"job {submission_id} {details.status.value.lower()}: {last}\nits log: {log}")
 
     def attempts(self) -> list[Attempt]:
-        """Of all stages that the server knows, in the order of their numbers."""
+        """Of all stages of this storage that the server knows, in the order of their numbers."""
         found = []
         for job in self.client.list_jobs():
-            if match := re.fullmatch(r"gru-([a-z]+)-(.+)-(\d+)", job.submission_id or ""):
+            if match := re.fullmatch(rf"gru-([a-z]+)-(.+)-{self.scope}-(\d+)", job.submission_id or ""):
                 parent = (job.metadata or {}).get(PARENT, "")
                 found.append(Attempt(match[1], match[2], int(match[3]), parent, job))
         return sorted(found, key=lambda attempt: attempt.number)
@@ -131,8 +136,8 @@ class RayJobs:
         known = {each.number: each for each in self.attempts() if (each.stage, each.key) == (stage, key)}
         newest = max(known, default=0)
         if newest and not known[newest].details.status.is_terminal():
-            return f"gru-{stage}-{key}-{newest}"
-        submission_id = f"gru-{stage}-{key}-{newest + 1}"
+            return f"gru-{stage}-{key}-{self.scope}-{newest}"
+        submission_id = f"gru-{stage}-{key}-{self.scope}-{newest + 1}"
         try:
             self.client.submit_job(
                 entrypoint=entrypoint,

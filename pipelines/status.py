@@ -1,5 +1,6 @@
 """What the workflows of a storage have done, and what they are at."""
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pipelines.ray_jobs import Attempt, RayJobs
 
 STATES = {"SUCCESS": "done", "ERROR": "failed", "CANCELLED": "cancelled"}
 NEWEST = 10
+LOOKED_AT = 200  # those of several storages may share a database
 STAGES = {train_generator.train_generator.__qualname__: train_generator.STAGES, sweep.trial.__qualname__: sweep.STAGES}
 
 
@@ -44,12 +46,19 @@ class WorkflowStatus:
     stages: list[StageStatus]
 
 
-def workflows(database: str, jobs: RayJobs | None, logs: Path) -> list[WorkflowStatus]:
-    """The newest ones, last. jobs: None where no Ray is up."""
+def workflows(store: str, database: str, jobs: RayJobs | None, logs: Path) -> list[WorkflowStatus]:
+    """The newest ones of this storage, last. jobs: None where no Ray is up."""
     client = train_generator.open_database(database)
     attempts = jobs.attempts() if jobs else []
-    found = client.list_workflows(sort_desc=True, limit=NEWEST, name=list(STAGES))
-    return [_workflow(client, each, attempts, logs) for each in reversed(found)]
+    found = client.list_workflows(sort_desc=True, limit=LOOKED_AT, name=list(STAGES))
+    mine = [each for each in found if _arguments(each)[1]["storage"] == store]
+    return [_workflow(client, each, attempts, logs) for each in reversed(mine[:NEWEST])]
+
+
+def _arguments(status: Any) -> tuple[str, dict[str, Any]]:
+    """What is changed in a workflow, if it is one of a sweep, and its configuration."""
+    first, second, *_ = status.input["args"]
+    return (first, json.loads(second)) if status.name == sweep.trial.__qualname__ else ("", json.loads(first))
 
 
 def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Path) -> WorkflowStatus:
@@ -61,7 +70,7 @@ def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Pa
     names = STAGES[status.name]
     stages = list(_stages(names, client.list_workflow_steps(status.workflow_id), current, attempts, logs))
     stages += [StageStatus(name, "waiting", None, None, None) for name in names[len(stages) :]]
-    label = status.input["args"][0] if status.name == sweep.trial.__qualname__ else ""
+    label, _ = _arguments(status)
     return WorkflowStatus(status.workflow_id, label, state, began, ended - began, stages)
 
 

@@ -31,6 +31,7 @@ from gru.corpus.lanes import LaneOrder
 from gru.errors import GaveUp, Stopped, UserError, find_user_error
 from gru.training import checkpoint as checkpoints
 from gru.training import loop, progress
+from gru.training.scaling import RoomForWorkers
 
 CONTROLLER_FAILURES = 3
 RESIZE_SECONDS = 10
@@ -123,7 +124,7 @@ def _fit(assignment: loop.Assignment, resources: TrainResources, told: "Told") -
     storage.remove(storage.join(assignment.run, "checkpoint_manager_snapshot.json"))
     parent, name = assignment.run.rsplit("/", 1)
     callbacks: list[Any] = [_Narrator(assignment.progress, config.max_failures)]
-    trainer: Any = TorchTrainer(
+    trainer: Any = _Trainer(
         loop.work,
         train_loop_config={"assignment": assignment},
         torch_config=TorchConfig(
@@ -150,6 +151,7 @@ def _fit(assignment: loop.Assignment, resources: TrainResources, told: "Told") -
     object.__setattr__(trainer.train_run_context, "run_id", name)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.stall_seconds)
+    os.environ["TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"] = "5"  # of workers some of which are out of reach
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.stall_seconds)  # of what workers ask rank 0 for
     try:
         return told.wait(_in_thread(trainer.fit), assignment.progress)
@@ -173,6 +175,15 @@ def _fit(assignment: loop.Assignment, resources: TrainResources, told: "Told") -
 def _shortage(config: TrainConfig, resources: TrainResources) -> str:
     least = f"train.min_workers = {config.min_workers}" if config.min_workers else f"train.workers = {config.workers}"
     return f"{least}, {cluster.shortage('train', resources)}"
+
+
+class _Trainer(TorchTrainer):
+    scaling_config: Any  # TorchTrainer is declared to be what it was before V2
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            given["scaling_policy"] = RoomForWorkers(self.scaling_config)
+        return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 
 
 class Told:

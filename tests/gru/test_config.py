@@ -74,8 +74,6 @@ def test_labels_are_a_table_of_names_and_what_they_are_to_be(minimal: Path) -> N
     config = load(minimal, ['resources.train={gpus=1, labels={pool="!in(a, b)"}}', "resources.serve.labels.pool=gpu"])
     assert config.resources.train.labels == {"pool": "!in(a, b)"} and config.resources.train.gpus == 1
     assert config.resources.serve.labels == {"pool": "gpu"}
-    with pytest.raises(UserError, match=r"train\.min_workers and resources\.train\.labels exclude each other"):
-        load(minimal, ["train.min_workers=1", "resources.train.labels.pool=gpu"])
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:

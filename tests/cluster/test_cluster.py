@@ -1,0 +1,354 @@
+"""The README's "On a cluster", on six hosts: a Ray of three, MLflow on Postgres, an S3 store, and somebody's desk.
+
+Each host has an address and files of its own; the code reaches the cluster with the jobs. What one run makes while
+nothing goes wrong, the others make as well, to the bit, while something does.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import INSTALLED, Host, Network, Running, wait_for
+
+pytestmark = pytest.mark.cluster
+
+ADDRESSES = {
+    **{"head": "10.213.0.1", "worker1": "10.213.0.2", "worker2": "10.213.0.3"},
+    **{"mlflow": "10.213.0.4", "s3": "10.213.0.5", "desk": "10.213.0.6"},
+}
+STEPS = 1000
+
+CONFIG = f"""
+name = "fables"
+[corpus]
+sources = ["s3://gru/corpus/fables.jsonl"]
+template = "{{title}}\\n{{text}}"
+heldout_share = 0.05
+segment_tokens = 8192
+[tokenizer]
+vocab_size = 400
+[model]
+embedding = 128
+hidden = 128
+layers = 2
+dropout = 0.1
+[train]
+steps = {STEPS}
+lanes = 16
+window = 32
+workers = 2
+bitwise_elastic = 2
+checkpoint_seconds = 2
+heldout_steps = 100
+stall_seconds = 10
+[evaluate]
+prompt = "The "
+sample_tokens = 40
+[serve]
+host = "head"
+keys = "/home/gru/keys"
+slots = 8
+[resources]
+prepare = {{ labels = {{ pool = "work" }} }}
+train = {{ labels = {{ pool = "work" }} }}
+evaluate = {{ cpus = 1, labels = {{ pool = "work" }} }}
+serve = {{ cpus = 1, labels = {{ pool = "serve" }} }}
+"""
+
+AS_POSTGRES = "setpriv --reuid=postgres --regid=postgres --clear-groups"
+TABLES = """
+install -d -o postgres -g postgres /tmp/postgres /var/run/postgresql
+{as_postgres} {programs}/initdb --no-sync --auth-local=trust -D /tmp/postgres > /dev/null
+echo host all gru samenet scram-sha-256 >> /tmp/postgres/pg_hba.conf
+"""
+OWNER = """
+psql --quiet --username postgres <<END
+CREATE ROLE gru LOGIN CREATEDB PASSWORD '{password}';
+CREATE DATABASE mlflow OWNER gru;
+END
+"""
+
+UPLOAD = """
+import s3fs
+store = s3fs.S3FileSystem()
+store.mkdir("gru")
+store.put("fables.jsonl", "gru/corpus/fables.jsonl")
+"""
+NODES = """
+import json, urllib.request
+request = urllib.request.Request("http://head:8265/nodes?view=summary")
+request.add_header("Authorization", "Bearer " + open("token").read())
+with urllib.request.urlopen(request, timeout=5) as response:
+    nodes = json.load(response)["data"]["summary"]
+print(sum(node["raylet"].get("state") == "ALIVE" for node in nodes))
+"""
+PLACES = """
+import json
+from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_nodes, list_tasks
+head = "http://head:8265"
+names = {node.node_id: node.node_ip for node in list_nodes(head)}
+places = {}
+for task in list_tasks(head, limit=10_000, detail=True, raise_on_missing_output=False):
+    places.setdefault(task.name, set()).add(names.get(task.node_id))
+for job in JobSubmissionClient(head).list_jobs():
+    places.setdefault(job.submission_id.split("-")[1], set()).add(names.get(job.driver_node_id))
+print(json.dumps({name: sorted(filter(None, found)) for name, found in places.items()}))
+"""
+WEIGHTS = """
+import fsspec, hashlib
+[file] = fsspec.open_files("s3://gru/{name}/runs/*/bundle/weights.safetensors")
+with file as weights:
+    print(hashlib.sha256(weights.read()).hexdigest())
+"""
+RUNS = """
+import json, mlflow
+client = mlflow.MlflowClient()
+experiment = client.get_experiment_by_name("{name}")
+runs = {{run.info.run_name: run.info for run in client.search_runs([experiment.experiment_id])}}
+steps = sorted(point.step for point in client.get_metric_history(runs["train"].run_id, "train/loss"))
+print(json.dumps({{"status": {{name: run.status for name, run in runs.items()}}, "steps": steps}}))
+"""
+
+
+@dataclass
+class Cluster:
+    hosts: dict[str, Host]
+    network: Network
+    services: dict[str, Running]
+
+    def start(self, corpus: Path) -> None:
+        """As the README says it."""
+        token, password, secret = (secrets.token_hex(16) for _ in range(3))
+        store = {"AWS_ENDPOINT_URL": "http://s3:9000", "AWS_DEFAULT_REGION": "us-east-1"}
+        store |= {"AWS_ACCESS_KEY_ID": "gru", "AWS_SECRET_ACCESS_KEY": secret}
+        database = f"://gru:{password}@mlflow:5432"
+
+        self.hosts["s3"].write("store.py", (Path(__file__).parent / "store.py").read_text())
+        self.hosts["s3"].spawn("python store.py s3 9000", "store")
+        self.hosts["mlflow"].environment = {
+            **store,
+            "MLFLOW_BACKEND_STORE_URI": f"postgresql+psycopg{database}/mlflow",
+            "MLFLOW_SERVER_ALLOWED_HOSTS": "mlflow:5000",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "DO_NOT_TRACK": "true",
+        }
+        self.hosts["mlflow"].run(TABLES.format(as_postgres=AS_POSTGRES, programs=_postgres_programs()))
+        self.start_postgres()
+        self.hosts["mlflow"].run(OWNER.format(password=password))
+        self.start_mlflow()
+        self._start_ray(store, token)
+
+        made = subprocess.run([INSTALLED / "bin" / "gru", "key", "desk"], capture_output=True, text=True, check=True)
+        key, line = made.stdout.splitlines()
+        self.hosts["head"].write("keys", line)
+        desk = self.hosts["desk"]
+        desk.write("token", token)
+        desk.write("fables.toml", CONFIG)
+        desk.write("fables.jsonl", corpus.read_text())
+        desk.environment = {
+            **store,
+            "RAY_ADDRESS": "http://head:8265",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": "/home/gru/token",
+            "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+            "DBOS_SYSTEM_DATABASE_URL": f"postgresql{database}/workflows",
+            "GRU_API_KEY": key,
+        }
+        wait_for("the store", lambda: self.page("http://s3:9000/refused"))
+        desk.python(
+            "import s3fs; s = s3fs.S3FileSystem(); s.mkdir('gru'); s.put('fables.jsonl', 'gru/corpus/fables.jsonl')"
+        )
+        wait_for("MLflow", lambda: self.page("http://mlflow:5000/health"))
+        wait_for("three nodes", lambda: self.nodes() == 3)
+
+    def start_postgres(self) -> None:
+        command = f"{_postgres_programs()}/postgres -D /tmp/postgres -c listen_addresses=mlflow -c fsync=off"
+        host = self.hosts["mlflow"]
+        self.services["postgres"] = host.spawn(f"exec {AS_POSTGRES} {command}", "postgres")
+        wait_for("Postgres", lambda: "yes" in host.run(f"{_postgres_programs()}/pg_isready -q && echo yes || true"))
+
+    def start_mlflow(self) -> None:
+        command = "mlflow server --host=mlflow --port=5000 --workers=1 --artifacts-destination=s3://gru/mlflow"
+        self.services["mlflow"] = self.hosts["mlflow"].spawn(command, "mlflow")
+
+    def _start_ray(self, store: dict[str, str], token: str) -> None:
+        every = "--block --disable-usage-stats --num-cpus=1 --object-store-memory=200000000"
+        head = "--head --port=6379 --dashboard-host=head --dashboard-port=8265 --labels=pool=serve"
+        for name in ("head", "worker1", "worker2"):
+            host = self.hosts[name]
+            host.environment = {**store, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+            role = head if name == "head" else "--address=head:6379 --labels=pool=work"
+            start = f"ray start --node-ip-address={host.address} {every} {role}"
+            host.spawn(f"while true; do {start} || sleep 1; done", "ray")  # as what starts containers does
+
+    def page(self, url: str) -> str:
+        """What is there, as the desk sees it; nothing without an answer."""
+        try:
+            return self.hosts["desk"].run(f"curl --silent --fail --max-time 3 '{url}'")
+        except subprocess.CalledProcessError:
+            return ""
+
+    def nodes(self) -> int:
+        """How many the head thinks are alive."""
+        with contextlib.suppress(subprocess.CalledProcessError):
+            return int(self.hosts["desk"].python(NODES))
+        return 0
+
+
+def _postgres_programs() -> Path:
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not found:
+        pytest.fail("needs Debian's package postgresql")
+    return found[-1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator[Cluster]:
+    if os.geteuid() != 0:
+        pytest.fail("needs root, for namespaces")
+    network = Network(ADDRESSES, tmp_path_factory.mktemp("logs"))
+    try:
+        cluster = Cluster(network.hosts, network, {})
+        cluster.start(fables)
+        yield cluster
+    finally:
+        network.stop()
+
+
+@dataclass
+class Pipeline:
+    """A `gru run` from the desk, with a storage and an MLflow experiment of its own."""
+
+    cluster: Cluster
+    name: str
+    running: Running
+
+    @property
+    def step(self) -> int:
+        """Of its newest checkpoint; 0 without any."""
+        listing = self.cluster.page(f"http://s3:9000/gru?list-type=2&prefix={self.name}/runs/")
+        return max((int(step) for step in re.findall(r"/step-(\d+)-\w+/digests.json<", listing)), default=0)
+
+    @property
+    def told(self) -> str:
+        return self.running.err.read_text()
+
+    def wait_for_step(self, step: int) -> float:
+        """Until it has a checkpoint from there on; the seconds that it took."""
+        began = time.monotonic()
+
+        def reached() -> bool:
+            assert self.running.process.poll() is None, self.told
+            return self.step >= step
+
+        wait_for(f"a checkpoint from step {step} on", reached, 240)
+        return time.monotonic() - began
+
+    def check(self) -> None:
+        """It came to its end, with each step in MLflow once."""
+        assert self.running.process.wait(timeout=300) == 0, self.told
+        assert json.loads(self.running.out.read_text().splitlines()[-1])["model"] == "fables"
+        logged = json.loads(self.cluster.hosts["desk"].python(RUNS.format(name=self.name)))
+        assert set(logged["status"].values()) == {"FINISHED"}
+        assert logged["steps"] == list(range(10, STEPS + 1, 10))
+
+    def weights(self) -> str:
+        """Their digest."""
+        return self.cluster.hosts["desk"].python(WEIGHTS.format(name=self.name))
+
+
+def start(cluster: Cluster, name: str, *settings: str) -> Pipeline:
+    options = [f"storage=s3://gru/{name}", f"registry.experiment={name}", *settings]
+    command = " ".join(["gru run fables.toml", *(f"--set {option}" for option in options), "--exit"])
+    return Pipeline(cluster, name, cluster.hosts["desk"].spawn(command, name))
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: Cluster) -> Pipeline:
+    """A run while nothing goes wrong."""
+    pipeline = start(cluster, "calm")
+    pipeline.check()
+    return pipeline
+
+
+def test_the_endpoint_answers_other_hosts_that_have_a_key(cluster: Cluster, calm: Pipeline) -> None:
+    for name in ("worker1", "desk"):
+        assert json.loads(cluster.hosts[name].run("curl --silent http://head:8000/ready"))["model"] == "fables"
+    assert cluster.hosts["desk"].run("gru generate fables.toml 'The fox'").startswith("The fox")
+    asked = "curl --silent http://head:8000/v1/models"
+    assert "401" in cluster.hosts["desk"].run(f"{asked} --output /dev/null --write-out '%{{http_code}}'")
+    assert "fables" in cluster.hosts["desk"].run(f'{asked} --header "Authorization: Bearer $GRU_API_KEY"')
+
+
+def test_each_stage_computes_on_the_hosts_that_have_its_label(cluster: Cluster, calm: Pipeline) -> None:
+    places = json.loads(cluster.hosts["desk"].python(PLACES))
+    work = {ADDRESSES["worker1"], ADDRESSES["worker2"]}
+    assert set(places["Map(_task)"]) <= work
+    assert set(places["RayTrainWorker.run_train_fn"]) == work
+    assert set(places["evaluate"]) <= work
+    assert places["prepare"] == places["train"] == [ADDRESSES["head"]]  # these jobs themselves compute nothing
+    assert cluster.hosts["head"].processes("ServeReplica")
+
+
+def test_a_worker_is_cut_off_and_comes_back_while_the_store_refuses_every_tenth_request(
+    cluster: Cluster, calm: Pipeline
+) -> None:
+    cluster.hosts["s3"].run("touch refuse")
+    pipeline = start(cluster, "cut", "train.min_workers=1")
+    pipeline.wait_for_step(50)
+    assert cluster.hosts["worker2"].processes("RayTrainWorker")
+    cluster.network.cut("worker2")
+    print(f"link cut: goes on with one worker after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
+    cluster.network.restore("worker2")
+    restored = time.monotonic()
+    wait_for("the node", lambda: cluster.nodes() == 3)
+    print(f"link restored: a node again after {time.monotonic() - restored:.0f} s")
+    wait_for("two workers", lambda: cluster.hosts["worker2"].processes("RayTrainWorker"))
+    print(f"link restored: two workers again after {time.monotonic() - restored:.0f} s")
+    pipeline.check()
+    refused = int(cluster.page("http://s3:9000/refused"))
+    cluster.hosts["s3"].run("rm refuse")
+    print(f"requests refused: {refused}")
+    assert refused > 20
+    assert pipeline.weights() == calm.weights()
+
+
+def test_the_job_is_killed_postgres_is_restarted_and_mlflow_is_away(cluster: Cluster, calm: Pipeline) -> None:
+    pipeline = start(cluster, "services", "train.min_workers=1")
+    pipeline.wait_for_step(50)
+    [driver] = [each for each in cluster.hosts["head"].processes("-m jobs.train") if each.name() == "python"]
+    driver.kill()
+    print(f"job killed: the next attempt goes on after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
+
+    [postmaster] = [each for each in cluster.hosts["mlflow"].processes("postgres -D") if each.name() == "postgres"]
+    postmaster.send_signal(signal.SIGINT)
+    cluster.services["postgres"].process.wait()
+    restarted = time.monotonic()
+    cluster.start_postgres()
+    experiments = "http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1"
+    wait_for("MLflow on Postgres", lambda: cluster.page(experiments))
+    print(f"Postgres restarted: MLflow answers after {time.monotonic() - restarted:.0f} s")
+
+    cluster.services["mlflow"].kill()
+    time.sleep(30)
+    print(f"MLflow stopped for 30 s: training was at step {pipeline.step} by then")
+    cluster.start_mlflow()
+    wait_for("MLflow", lambda: cluster.page(experiments))
+    answers = time.monotonic()
+    pipeline.check()
+    print(f"MLflow answers again: the pipeline ended {time.monotonic() - answers:.0f} s later")
+    assert pipeline.weights() == calm.weights()
+    [done] = json.loads(cluster.hosts["desk"].run("gru status s3://gru/services --json"))
+    [train] = [stage for stage in done["stages"] if stage["name"] == "train"]
+    assert (train["state"], train["attempts"]) == ("done", 2)
