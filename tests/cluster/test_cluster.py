@@ -188,6 +188,7 @@ class Cluster:
         for name in ("head", "worker1", "worker2"):
             host = self.hosts[name]
             host.environment = {**store, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+            host.environment["RAY_health_check_timeout_ms"] = "3000"  # as in infra/
             role = head if name == "head" else "--address=head:6379 --labels=pool=work"
             start = f"ray start --node-ip-address={host.address} {every} {role}"
             host.spawn(f"while true; do {start} || sleep 1; done", "ray")  # as what starts containers does
@@ -270,7 +271,7 @@ class Pipeline:
 
 def start(cluster: Cluster, name: str, *settings: str) -> Pipeline:
     options = [f"storage=s3://gru/{name}", f"registry.experiment={name}", *settings]
-    command = " ".join(["gru run fables.toml", *(f"--set {option}" for option in options), "--exit"])
+    command = " ".join(["gru run fables.toml", *(f"--set '{option}'" for option in options), "--exit"])
     return Pipeline(cluster, name, cluster.hosts["desk"].spawn(command, name))
 
 
@@ -305,16 +306,19 @@ def test_a_worker_is_cut_off_and_comes_back_while_the_store_refuses_every_tenth_
     cluster: Cluster, calm: Pipeline
 ) -> None:
     cluster.hosts["s3"].run("touch refuse")
-    pipeline = start(cluster, "cut", "train.min_workers=1")
+    # Without a label: the head's only CPU is no room either, since the endpoint has it.
+    pipeline = start(cluster, "cut", "train.min_workers=1", "resources.train.labels={}")
     pipeline.wait_for_step(50)
-    assert cluster.hosts["worker2"].processes("RayTrainWorker")
+    before = cluster.hosts["worker2"].processes("RayTrainWorker")
+    assert before
     cluster.network.cut("worker2")
     print(f"link cut: goes on with one worker after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
+    wait_for("its end", lambda: cluster.nodes() == 2)
     cluster.network.restore("worker2")
     restored = time.monotonic()
     wait_for("the node", lambda: cluster.nodes() == 3)
     print(f"link restored: a node again after {time.monotonic() - restored:.0f} s")
-    wait_for("two workers", lambda: cluster.hosts["worker2"].processes("RayTrainWorker"))
+    wait_for("a worker there", lambda: set(cluster.hosts["worker2"].processes("RayTrainWorker")) - set(before))
     print(f"link restored: two workers again after {time.monotonic() - restored:.0f} s")
     pipeline.check()
     refused = int(cluster.page("http://s3:9000/refused"))
