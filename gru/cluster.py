@@ -1,8 +1,12 @@
 """What the nodes of the Ray cluster have: for a word to the user where a stage wants more."""
 
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gru.config import Resources
+
+ROUNDING = 1e-6  # of shares of a CPU
 
 
 def room(labels: dict[str, str]) -> dict[str, float]:
@@ -27,18 +31,26 @@ def _has(there: dict[str, str], wanted: dict[str, str]) -> bool:
     return True
 
 
+def fitting(nodes: Iterable[Mapping[str, float]], wanted: Mapping[str, float]) -> float:
+    """How many processes that want this find room, given what each node has; infinite where they want nothing."""
+    amounts = {name: amount for name, amount in wanted.items() if amount}
+    return sum(
+        min(((node.get(name, 0) + ROUNDING) // amount for name, amount in amounts.items()), default=math.inf)
+        for node in nodes
+    )
+
+
 def is_short(wanted: Resources, processes: int) -> bool:
     """Whether the nodes, as they are, can never give this to so many processes."""
-    present = room(wanted.labels)
-    return any(present[name] < processes * amount for name, amount in wanted.amounts().items())
+    return fitting((node["Resources"] for node in nodes(wanted.labels)), wanted.amounts()) < processes
 
 
 def shortage(stage: str, wanted: Resources) -> str:
     """What is wanted, by its keys, and what there is."""
     keys = [f"resources.{stage}.{key} = {value}" for key, value in wanted.model_dump().items() if value]
-    present = room(wanted.labels)
+    there = room(wanted.labels)
     where = "the nodes with these labels" if wanted.labels else "this cluster's nodes"
     return (
-        f"{', '.join(keys)}: no room on {where}, which have {present['CPU']:.0f} CPUs, {present['GPU']:.0f} GPUs and "
-        f"{present['memory'] / 1e9:.1f} GB of memory"
+        f"{', '.join(keys)}: no room on {where}, which have {there['CPU']:g} CPUs, {there['GPU']:g} GPUs and "
+        f"{there['memory'] / 1e9:.1f} GB of memory in all, free or not"
     )

@@ -1,4 +1,4 @@
-"""Ports of this machine."""
+"""Addresses and ports of this machine."""
 
 import socket
 
@@ -13,6 +13,16 @@ def require_free(host: str, port: int, option: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"port {port} is in use ({error.strerror}): choose another with {option}") from None
+
+
+def is_here(host: str) -> bool:
+    """Whether that name or address is one of this machine's own."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
 
 
 def free_port() -> int:

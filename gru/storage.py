@@ -30,6 +30,12 @@ def absolute(path: str, base: str | Path) -> str:
     return path if "://" in path else os.path.normpath(Path(base) / Path(path).expanduser())
 
 
+def place(path: str, base: str | Path) -> str:
+    """The same storage always in the same words: absolute, and a URL without a slash at its end."""
+    found = absolute(path, base)
+    return found if is_local(found) else found.rstrip("/")
+
+
 def join(path: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts])
 

@@ -54,7 +54,7 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
     tokenizer, keys = (path and storage.absolute(path, home) for path in (config.tokenizer.path, config.serve.keys))
     return config.model_copy(
         update={
-            "storage": storage.absolute(config.storage, home),
+            "storage": storage.place(config.storage, home),
             "corpus": config.corpus.model_copy(update={"sources": sources}),
             "tokenizer": config.tokenizer.model_copy(update={"path": tokenizer}),
             "serve": config.serve.model_copy(update={"keys": keys}),

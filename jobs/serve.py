@@ -18,11 +18,14 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     stage = stages.serve(config)
     if result := stage.result():
         return result
+    from gru import cluster
     from gru.serving import deployment
 
     entry.start_ray()
-    call.progress("starting")
-    deployment.deploy(config.serve, config.resources.serve, config.model_name, tracking_uri)
+    resources = config.resources.serve
+    short = cluster.is_short(resources, 1)
+    call.progress(f"waiting: {cluster.shortage('serve', resources)}" if short else "starting")
+    deployment.deploy(config.serve, resources, config.model_name, tracking_uri)
     deployment.wait_ready(stage.path, stage.version, timeout=120)
     return stage.require()
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from gru import storage
 from gru.config import PipelineConfig, ServeConfig
 from gru.errors import UserError, find_user_error
-from gru.network import require_free
+from gru.network import is_here, require_free
 from jobs import entry
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 
 KEY_VARIABLE = "GRU_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost")
 FINISH_SECONDS = 10  # that answers in the making have when all of it is stopped
 ENDS = (signal.SIGTERM, signal.SIGHUP)  # as Ctrl-C
 
@@ -193,13 +192,14 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
 
 def _check_address(serve: ServeConfig) -> None:
     """Raises UserError where nothing could be served, or not be seen from here."""
-    ray_host = urllib.parse.urlsplit(os.environ.get("RAY_ADDRESS", "")).hostname
-    if ray_host is None:
+    if "RAY_ADDRESS" not in os.environ:
         require_free(serve.host, serve.port, "--set serve.port=PORT")
-    elif ray_host not in LOOPBACK and serve.host in (*LOOPBACK, "0.0.0.0", "::"):
+        return
+    ray_host = urllib.parse.urlsplit(os.environ["RAY_ADDRESS"]).hostname
+    if ray_host and not is_here(ray_host) and serve.host in ("127.0.0.1", "localhost", "0.0.0.0", "::"):
         raise UserError(
             f"serve.host = {serve.host!r} is not where {ray_host} (RAY_ADDRESS) is reached from here: set it to an "
-            "address of that machine, such as its name, and serve.keys to a file of keys there"
+            "address of the head, such as its name, and serve.keys to a file of keys on the machines that serve"
         )
 
 
@@ -340,7 +340,7 @@ def _answers_in_the_making(ready: str) -> int:
 def _down(arguments: argparse.Namespace) -> None:
     from pipelines import stack
 
-    stopped = stack.down(storage.absolute(arguments.storage, Path.cwd()))
+    stopped = stack.down(storage.place(arguments.storage, Path.cwd()))
     print(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running", file=sys.stderr)
 
 
@@ -405,7 +405,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
     from pipelines import status, train_generator
 
-    store = storage.absolute(arguments.storage, Path.cwd())
+    store = storage.place(arguments.storage, Path.cwd())
     found = status.workflows(store, train_generator.database_url(store), _jobs_of(store), _logs(store))
     if arguments.json:
         print(json.dumps(status.as_json(found), ensure_ascii=False))
@@ -443,7 +443,7 @@ def _logs(store: str) -> Path:
 def _lineage(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    _find_tracking(storage.absolute(arguments.storage, Path.cwd()))
+    _find_tracking(storage.place(arguments.storage, Path.cwd()))
     from gru import lineage, registry
 
     version = registry.find(arguments.model)

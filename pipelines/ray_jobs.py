@@ -26,8 +26,14 @@ USER_ERROR_STATUS = 2
 PARENT = "parent"  # in a job's metadata: the MLflow run over all stages
 POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 60
+PENDING_SECONDS = 15  # after which a job that has not begun is told of
 LOST_PAUSES = (5, 20, 60)  # seconds before the next attempt, after one that was lost with its node
-NEVER_BEGUN = ("RUNTIME_ENV_SETUP_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR")  # nor would it the next time
+# Nor would it the next time.
+NEVER_BEGUN = (
+    "RUNTIME_ENV_SETUP_FAILURE",
+    "JOB_ENTRYPOINT_COMMAND_START_ERROR",
+    "JOB_SUPERVISOR_ACTOR_START_TIMEOUT",
+)
 KILLED_STATUS = 128 + signal.SIGKILL  # what a shell says of it
 
 
@@ -158,7 +164,7 @@ class RayJobs:
         """Pass on the progress lines of a job until it ends. Its log is followed a few seconds behind, and the end
         is not to wait for that."""
         following = asyncio.create_task(self._follow_log(submission_id, stage, log, progress))
-        answered = time.monotonic()
+        began = answered = time.monotonic()
         try:
             while True:
                 try:
@@ -170,6 +176,8 @@ class RayJobs:
                     answered = time.monotonic()
                     if details.status.is_terminal():
                         return details
+                    if details.status.value == "PENDING" and answered - began > PENDING_SECONDS:
+                        progress(f"waiting: {details.message}")
                 await asyncio.sleep(POLL_SECONDS)
         finally:
             following.cancel()

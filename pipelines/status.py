@@ -51,7 +51,7 @@ def workflows(store: str, database: str, jobs: RayJobs | None, logs: Path) -> li
     client = train_generator.open_database(database)
     attempts = jobs.attempts() if jobs else []
     found = client.list_workflows(sort_desc=True, limit=LOOKED_AT, name=list(STAGES))
-    mine = [each for each in found if _arguments(each)[1]["storage"] == store]
+    mine = [each for each in found if each.input and _arguments(each)[1]["storage"] == store]
     return [_workflow(client, each, attempts, logs) for each in reversed(mine[:NEWEST])]
 
 

@@ -102,7 +102,7 @@ def _make(
     progress(sources.describe(partitions))
     tokenizer = _make_tokenizer(corpus, config, partitions, directory, key, progress, in_parallel)
     recipe = Recipe(directory, corpus, tokenizer.digest)
-    recipe = replace(recipe, parallel=len(partitions) < cluster.room(resources.labels)["CPU"])
+    recipe = replace(recipe, parallel=len(partitions) * resources.cpus < cluster.room(resources.labels)["CPU"])
     key = content_key(key, tokenizer.digest)
     drafts = _drafts(recipe, key, partitions, progress, in_parallel)
     equal, similar = _repeated(recipe, drafts, progress)

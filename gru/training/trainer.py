@@ -16,6 +16,7 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train import RunConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -151,7 +152,8 @@ def _fit(assignment: loop.Assignment, resources: TrainResources, told: "Told") -
     object.__setattr__(trainer.train_run_context, "run_id", name)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "1"
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.stall_seconds)
-    os.environ["TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"] = "5"  # of workers some of which are out of reach
+    os.environ["TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"] = "5"  # of workers some of which may be out of reach
+    ENV_VARS_TO_PROPAGATE.add("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S")  # to the controller; not one of Ray's own
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(config.stall_seconds)  # of what workers ask rank 0 for
     try:
         return told.wait(_in_thread(trainer.fit), assignment.progress)

@@ -25,12 +25,12 @@ NAMESPACES = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork"
 LIFE = "trap '' CHLD; exec sleep infinity"  # orphans are not to stay as zombies
 
 # Arguments: name, lines of /etc/hosts, what is seen of the checkout.
-OWN_FILES = """
+OWN_FILES = r"""
 mkdir -p /run/kept && mount -t tmpfs none /run && mkdir /run/kept && mount --bind "$3" /run/kept
 mount -t tmpfs none /tmp && mount -t tmpfs none /home && mount -t tmpfs -o size=4g none /dev/shm
 mkdir -p "$4" && mount -t tmpfs none "$4" && mkdir -p "$3" && mount --bind /run/kept "$3"
 echo "$1" > /proc/sys/kernel/hostname
-echo "$2" > /run/hosts && mount --bind /run/hosts /etc/hosts
+printf '127.0.0.1 localhost\n%s\n' "$2" > /run/hosts && mount --bind /run/hosts /etc/hosts
 : > /run/resolv.conf && mount --bind /run/resolv.conf /etc/resolv.conf
 ip link set lo up && mkdir -p /home/gru && chmod 1777 /tmp /home/gru
 """
@@ -49,11 +49,13 @@ class Network:
     """A switch, and the hosts on it by their names."""
 
     def __init__(self, addresses: dict[str, str], logs: Path) -> None:
+        self.hosts = {name: Host(name, address, logs) for name, address in addresses.items()}
         self._life = subprocess.Popen(["unshare", "--net", "--kill-child", "--fork", "sleep", "infinity"])
         self._pid = _child(self._life)
+
+    def start(self) -> None:
         self._on_switch("ip link add switch type bridge && ip link set switch up")
-        known = "\n".join(f"{address} {name}" for name, address in {"localhost": "127.0.0.1", **addresses}.items())
-        self.hosts = {name: Host(name, address, logs) for name, address in addresses.items()}
+        known = "\n".join([f"{host.address} {host.name}" for host in self.hosts.values()])
         for host in self.hosts.values():
             host.start(known)
             self._on_switch(
@@ -93,8 +95,9 @@ class Host:
         subprocess.run([*self._enter(), "sh", "-euc", OWN_FILES, "sh", self.name, known, seen, CHECKOUT], check=True)
 
     def stop(self) -> None:
-        self._life.kill()  # its child with it, and with that all others
-        self._life.wait()
+        if self.pid:
+            self._life.kill()  # its child with it, and with that all others
+            self._life.wait()
 
     def run(self, command: str) -> str:
         """Output of a command, with the host's environment, in its home. Raises CalledProcessError."""

@@ -5,6 +5,7 @@ nothing goes wrong, the others make as well, to the bit, while something does.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.hosts import INSTALLED, Host, Network, Running, wait_for
+from tests.cluster.hosts import CHECKOUT, INSTALLED, Host, Network, Running, wait_for
 
 pytestmark = pytest.mark.cluster
 
@@ -26,7 +27,9 @@ ADDRESSES = {
     **{"head": "10.213.0.1", "worker1": "10.213.0.2", "worker2": "10.213.0.3"},
     **{"mlflow": "10.213.0.4", "s3": "10.213.0.5", "desk": "10.213.0.6"},
 }
-STEPS = 1000
+LISTING = "http://s3:9000/gru?list-type=2&prefix="
+STEPS = 1500  # some of them must be left when a worker is back
+NUMBERS = itertools.count(1)
 
 CONFIG = f"""
 name = "fables"
@@ -114,10 +117,10 @@ with file as weights:
 RUNS = """
 import json, mlflow
 client = mlflow.MlflowClient()
-experiment = client.get_experiment_by_name("{name}")
-runs = {{run.info.run_name: run.info for run in client.search_runs([experiment.experiment_id])}}
-steps = sorted(point.step for point in client.get_metric_history(runs["train"].run_id, "train/loss"))
-print(json.dumps({{"status": {{name: run.status for name, run in runs.items()}}, "steps": steps}}))
+runs = client.search_runs([client.get_experiment_by_name("{name}").experiment_id])
+[train] = [run.info.run_id for run in runs if run.info.run_name == "train"]
+steps = sorted(point.step for point in client.get_metric_history(train, "train/loss"))
+print(json.dumps({{"runs": sorted([run.info.run_name, run.info.status] for run in runs), "steps": steps}}))
 """
 
 
@@ -166,9 +169,7 @@ class Cluster:
             "GRU_API_KEY": key,
         }
         wait_for("the store", lambda: self.page("http://s3:9000/refused"))
-        desk.python(
-            "import s3fs; s = s3fs.S3FileSystem(); s.mkdir('gru'); s.put('fables.jsonl', 'gru/corpus/fables.jsonl')"
-        )
+        desk.python(UPLOAD)
         wait_for("MLflow", lambda: self.page("http://mlflow:5000/health"))
         wait_for("three nodes", lambda: self.nodes() == 3)
 
@@ -220,6 +221,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator[
         pytest.fail("needs root, for namespaces")
     network = Network(ADDRESSES, tmp_path_factory.mktemp("logs"))
     try:
+        network.start()
         cluster = Cluster(network.hosts, network, {})
         cluster.start(fables)
         yield cluster
@@ -238,7 +240,7 @@ class Pipeline:
     @property
     def step(self) -> int:
         """Of its newest checkpoint; 0 without any."""
-        listing = self.cluster.page(f"http://s3:9000/gru?list-type=2&prefix={self.name}/runs/")
+        listing = self.cluster.page(f"{LISTING}{self.name}/runs/")
         return max((int(step) for step in re.findall(r"/step-(\d+)-\w+/digests.json<", listing)), default=0)
 
     @property
@@ -261,7 +263,8 @@ class Pipeline:
         assert self.running.process.wait(timeout=300) == 0, self.told
         assert json.loads(self.running.out.read_text().splitlines()[-1])["model"] == "fables"
         logged = json.loads(self.cluster.hosts["desk"].python(RUNS.format(name=self.name)))
-        assert set(logged["status"].values()) == {"FINISHED"}
+        names = ["evaluate", "fables", "prepare", "promote", "train"]
+        assert logged["runs"] == [[name, "FINISHED"] for name in names]
         assert logged["steps"] == list(range(10, STEPS + 1, 10))
 
     def weights(self) -> str:
@@ -272,7 +275,7 @@ class Pipeline:
 def start(cluster: Cluster, name: str, *settings: str) -> Pipeline:
     options = [f"storage=s3://gru/{name}", f"registry.experiment={name}", *settings]
     command = " ".join(["gru run fables.toml", *(f"--set '{option}'" for option in options), "--exit"])
-    return Pipeline(cluster, name, cluster.hosts["desk"].spawn(command, name))
+    return Pipeline(cluster, name, cluster.hosts["desk"].spawn(command, f"{name}-{next(NUMBERS)}"))
 
 
 @pytest.fixture(scope="module")
@@ -295,11 +298,23 @@ def test_the_endpoint_answers_other_hosts_that_have_a_key(cluster: Cluster, calm
 def test_each_stage_computes_on_the_hosts_that_have_its_label(cluster: Cluster, calm: Pipeline) -> None:
     places = json.loads(cluster.hosts["desk"].python(PLACES))
     work = {ADDRESSES["worker1"], ADDRESSES["worker2"]}
-    assert set(places["Map(_task)"]) <= work
+    assert places["Map(_task)"] and set(places["Map(_task)"]) <= work
     assert set(places["RayTrainWorker.run_train_fn"]) == work
-    assert set(places["evaluate"]) <= work
+    assert places["evaluate"] and set(places["evaluate"]) <= work
     assert places["prepare"] == places["train"] == [ADDRESSES["head"]]  # these jobs themselves compute nothing
     assert cluster.hosts["head"].processes("ServeReplica")
+
+
+def test_whoever_has_the_token_submits_a_job_and_reads_where_a_model_comes_from(
+    cluster: Cluster, calm: Pipeline
+) -> None:
+    [dataset] = re.findall(r"gru/(calm/datasets/\w+)/manifest.json<", cluster.page(f"{LISTING}calm/datasets/"))
+    submit = (
+        "env --unset=RAY_ADDRESS ray job submit --address=http://head:8265 --working-dir=. -- python -m jobs.inspect"
+    )
+    assert "verified" in cluster.hosts["desk"].run(f"cd {CHECKOUT}; {submit} s3://gru/{dataset} --verify")
+    links = json.loads(cluster.hosts["desk"].run("gru lineage fables@champion --verify --json"))
+    assert {link["name"]: link["state"] for link in links if link["state"] != "verified"} == {}
 
 
 def test_a_worker_is_cut_off_and_comes_back_while_the_store_refuses_every_tenth_request(
@@ -328,13 +343,16 @@ def test_a_worker_is_cut_off_and_comes_back_while_the_store_refuses_every_tenth_
     assert pipeline.weights() == calm.weights()
 
 
-def test_the_job_is_killed_postgres_is_restarted_and_mlflow_is_away(cluster: Cluster, calm: Pipeline) -> None:
-    pipeline = start(cluster, "services", "train.min_workers=1")
+def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cluster: Cluster, calm: Pipeline) -> None:
+    pipeline, twin = (start(cluster, "services", "train.min_workers=1") for _ in range(2))
     pipeline.wait_for_step(50)
     [driver] = [each for each in cluster.hosts["head"].processes("-m jobs.train") if each.name() == "python"]
     driver.kill()
     print(f"job killed: the next attempt goes on after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
+    pipeline.running.kill()
+    pipeline = twin  # which has done the same all the time
 
+    assert pipeline.step < STEPS
     [postmaster] = [each for each in cluster.hosts["mlflow"].processes("postgres -D") if each.name() == "postgres"]
     postmaster.send_signal(signal.SIGINT)
     cluster.services["postgres"].process.wait()
@@ -344,9 +362,11 @@ def test_the_job_is_killed_postgres_is_restarted_and_mlflow_is_away(cluster: Clu
     wait_for("MLflow on Postgres", lambda: cluster.page(experiments))
     print(f"Postgres restarted: MLflow answers after {time.monotonic() - restarted:.0f} s")
 
+    at = pipeline.step
+    assert at < STEPS
     cluster.services["mlflow"].kill()
     time.sleep(30)
-    print(f"MLflow stopped for 30 s: training was at step {pipeline.step} by then")
+    print(f"MLflow stopped for 30 s: training went on from step {at} to {pipeline.step}")
     cluster.start_mlflow()
     wait_for("MLflow", lambda: cluster.page(experiments))
     answers = time.monotonic()

@@ -22,6 +22,15 @@ def test_what_there_is_no_room_for_is_known(wanted: Resources, processes: int, s
     assert cluster.is_short(wanted, processes) == short
 
 
+def test_a_process_is_on_one_node() -> None:
+    nodes = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}]
+    assert cluster.fitting(nodes, {"CPU": 3, "memory": 0}) == 2
+    assert cluster.fitting(nodes, {"CPU": 8}) == 0
+    assert cluster.fitting(nodes, {"CPU": 1, "GPU": 1}) == 1
+    assert cluster.fitting([{"CPU": 2.0}], {"CPU": 0.4}) == 5
+    assert cluster.fitting(nodes, {"CPU": 0}) == float("inf")
+
+
 def test_room_is_on_the_nodes_with_the_labels() -> None:
     name, node = "ray.io/node-id", ray.nodes()[0]["NodeID"]
     assert cluster.room({})["CPU"] == 4
@@ -37,5 +46,5 @@ def test_a_shortage_is_told_by_its_keys() -> None:
     told = cluster.shortage("train", TrainResources(gpus=1, labels={"pool": "gpu"}))
     assert told == (
         "resources.train.cpus = 1, resources.train.labels = {'pool': 'gpu'}, resources.train.gpus = 1: no room on the "
-        "nodes with these labels, which have 0 CPUs, 0 GPUs and 0.0 GB of memory"
+        "nodes with these labels, which have 0 CPUs, 0 GPUs and 0.0 GB of memory in all, free or not"
     )
