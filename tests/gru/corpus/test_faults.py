@@ -27,7 +27,7 @@ from tests.gru.corpus.reading import write
 ROOT = Path(__file__).parents[3]
 BYTES = TokenizerConfig(kind="byte")
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("ray_local")]
 
 
 def silent(_: str) -> None: ...

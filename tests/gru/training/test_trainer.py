@@ -62,7 +62,7 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
         train(other, CONFIG, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.chaos), 2])
 def test_training_that_diverges_says_so_and_is_not_tried_again(
     dataset: Dataset, tmp_path: Path, mlflow_store: str, workers: int
 ) -> None:
