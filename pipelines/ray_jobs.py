@@ -51,6 +51,10 @@ class Attempt(NamedTuple):
     """MLflow run over all stages, for which it was submitted."""
     details: "JobDetails"
 
+    @property
+    def is_running(self) -> bool:
+        return not self.details.status.is_terminal()
+
 
 class RayJobs:
     """The jobs of one storage on one cluster. `working_dir` travels with each; None where the code is there already."""
@@ -124,8 +128,8 @@ class RayJobs:
 
     def stop(self, parent: str) -> None:
         """Have the attempts that run for this MLflow run save what they have, and end."""
-        mine = [each.details for each in self.attempts() if each.parent == parent]
-        running = [details.submission_id or "" for details in mine if not details.status.is_terminal()]
+        mine = [each for each in self.attempts() if each.parent == parent]
+        running = [each.details.submission_id or "" for each in mine if each.is_running]
         for submission_id in running:
             self.client.stop_job(submission_id)
         with suppress(OSError, RuntimeError):  # an embedded Ray ends with the last `gru run` that uses it

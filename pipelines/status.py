@@ -63,7 +63,7 @@ def _arguments(status: Any) -> tuple[str, dict[str, Any]]:
 
 def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Path) -> WorkflowStatus:
     parent = train_generator.parent_of(client, status.workflow_id)
-    current = [each for each in attempts if each.parent == parent and not each.details.status.is_terminal()]
+    current = [each for each in attempts if each.parent == parent and each.is_running]
     state = STATES.get(status.status, "running" if current else "unfinished")
     began = status.created_at / 1000
     ended = (status.completed_at or status.updated_at) / 1000 if state != "running" else time.time()

@@ -7,6 +7,7 @@ a stage whose result is in storage is not done again.
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from pipelines.ray_jobs import JobFailed, RayJobs
 STAGES = ("prepare", "train", "evaluate", "promote", "serve")
 SCORING = ("evaluate", "promote")  # whose jobs themselves compute
 STEPS_VERSION = 2  # raise it when the steps change: a workflow must not be continued by others than those it began with
+LOOK_SECONDS = 1.0
+TAKEOVER_SECONDS = 90.0  # without a step or a job: longer than the pause before a job's last attempt
 UNFINISHED = ["PENDING", "ENQUEUED"]
 DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 
@@ -46,6 +49,8 @@ class Surroundings:
 
 
 _surroundings: Surroundings | None = None
+_worked_on: set[str | None] = set()
+"""Workflows that this process executes."""
 
 
 def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -> Result:
@@ -53,7 +58,7 @@ def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -
     prefix = f"{config.name}-{content_key(STEPS_VERSION, config, stages.prepare(config).key)}"
     config_json = config.model_dump_json()
     with launched(prefix, surroundings, database):
-        result = attach_or_start(prefix, train_generator, config_json, prefix).get_result()
+        result = _outcome(attach_or_start(prefix, train_generator, config_json, prefix), surroundings)
         if stages.serve(config).result() is None:  # it was up when the workflow went on after a kill, and is no more
             run_stage("serve", config_json, result["tracking"], result["dataset"], {})
         return result
@@ -96,6 +101,29 @@ def attach_or_start(prefix: str, workflow: Callable[..., Result], *arguments: An
         return DBOS.start_workflow(workflow, *arguments)
 
 
+def _outcome(handle: Any, surroundings: Surroundings) -> Result:
+    """Of a workflow on which another process may be at work: then what is done there is shown here, and where nothing
+    is for too long, that process is gone, and this one goes on."""
+    moved, before = time.monotonic(), 0
+    while True:
+        time.sleep(LOOK_SECONDS)
+        if handle.workflow_id in _worked_on or handle.get_status().status not in UNFINISHED:
+            return handle.get_result()
+        steps = DBOS.list_workflow_steps(handle.workflow_id)
+        done = [step["output"] for step in steps if step["function_name"] == run_stage.__qualname__]
+        for name, result in zip(STAGES, done, strict=False):
+            surroundings.watch(name, "done", summary(name, result) if result else "")
+        parent = _parent_among(steps)
+        running = [each for each in surroundings.jobs.attempts() if each.parent == parent and each.is_running]
+        for attempt in running:
+            surroundings.watch(attempt.stage, "running", "watched by another gru run")
+        if running or len(steps) != before:
+            moved, before = time.monotonic(), len(steps)
+        elif time.monotonic() - moved > TAKEOVER_SECONDS:
+            DBOS.resume_workflow(handle.workflow_id)
+            moved = time.monotonic()
+
+
 def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[str]:
     """End the workflows of this config that have not ended, with their jobs and their MLflow runs; their ids.
 
@@ -130,7 +158,10 @@ def open_database(database: str) -> DBOSClient:
 
 def parent_of(client: DBOSClient, workflow_id: str) -> str | None:
     """The MLflow run of a workflow, if it has come so far."""
-    steps = client.list_workflow_steps(workflow_id)
+    return _parent_among(client.list_workflow_steps(workflow_id))
+
+
+def _parent_among(steps: Sequence[Any]) -> str | None:
     return next((step["output"] for step in steps if step["function_name"] == open_parent.__qualname__), None)
 
 
@@ -147,6 +178,7 @@ def database_url(store: str) -> str:
 
 @DBOS.workflow()
 def train_generator(config_json: str, key: str) -> Result:
+    _worked_on.add(DBOS.workflow_id)
     parent = open_parent(config_json, key, None, None)
     dataset, results = run_stages(STAGES, config_json, parent, "")
     measured = measures(results)
