@@ -7,6 +7,7 @@ processes. The server is MLflow's own tracking URI (MLFLOW_TRACKING_URI). Knows 
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 KEY_TAG = "gru.key"
 LOSS = "train/loss"  # every point has it, so it tells which steps have been logged
 MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens on traces of agents
+SETTLE_SECONDS = 0.5  # in which a run that another process makes at the same moment can be seen
 METRICS_A_CALL = 1000  # MLflow's limit
 
 
@@ -167,14 +169,22 @@ def open_run(experiment: str, key: str, name: str, parent: str | None = None) ->
 
     client = MlflowClient()
     experiment_id = _experiment_id(client, experiment)
-    found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
-    if found:
-        run_id = found[0].info.run_id
+    if run_id := _first_with(client, experiment_id, key):
         client.update_run(run_id, status="RUNNING")
         return Run(client, run_id, experiment_id)
     tags = {KEY_TAG: key, MLFLOW_RUN_NAME: name} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
-    run = client.create_run(experiment_id, tags=tags, run_name=name)
-    return Run(client, run.info.run_id, experiment_id)
+    made = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    time.sleep(SETTLE_SECONDS)
+    first = _first_with(client, experiment_id, key) or made
+    if first != made:  # another process looked at the same moment, and found none either
+        client.delete_run(made)
+    return Run(client, first, experiment_id)
+
+
+def _first_with(client: "MlflowClient", experiment_id: str, key: str) -> str | None:
+    wanted, order = f"tags.`{KEY_TAG}` = '{key}'", ["attributes.start_time ASC", "attributes.run_id ASC"]
+    found = client.search_runs([experiment_id], wanted, max_results=1, order_by=order)
+    return found[0].info.run_id if found else None
 
 
 def is_finished(experiment: str, key: str) -> bool:

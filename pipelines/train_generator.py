@@ -104,15 +104,16 @@ def attach_or_start(prefix: str, workflow: Callable[..., Result], *arguments: An
 def _outcome(handle: Any, surroundings: Surroundings) -> Result:
     """Of a workflow on which another process may be at work: then what is done there is shown here, and where nothing
     is for too long, that process is gone, and this one goes on."""
-    moved, before = time.monotonic(), 0
+    moved, before, shown = time.monotonic(), 0, 0
     while True:
         time.sleep(LOOK_SECONDS)
         if handle.workflow_id in _worked_on or handle.get_status().status not in UNFINISHED:
             return handle.get_result()
         steps = DBOS.list_workflow_steps(handle.workflow_id)
         done = [step["output"] for step in steps if step["function_name"] == run_stage.__qualname__]
-        for name, result in zip(STAGES, done, strict=False):
+        for name, result in list(zip(STAGES, done, strict=False))[shown:]:
             surroundings.watch(name, "done", summary(name, result) if result else "")
+        shown = len(done)
         parent = _parent_among(steps)
         running = [each for each in surroundings.jobs.attempts() if each.parent == parent and each.is_running]
         for attempt in running:

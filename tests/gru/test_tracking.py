@@ -1,5 +1,8 @@
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
+import mlflow
 import mlflow.artifacts
 import mlflow.exceptions
 import pytest
@@ -82,3 +85,17 @@ def test_even_a_short_run_has_metrics_of_the_machine(mlflow_store: str) -> None:
     stop = run.watch_system()
     stop()
     assert "system/cpu_utilization_percentage" in run.client.get_run(run.id).data.metrics
+
+
+def test_of_several_that_open_a_run_at_once_all_have_the_same(mlflow_store: str) -> None:
+    together = threading.Barrier(4)
+
+    def open_it(_: int) -> str:
+        together.wait()
+        return tracking.open_run("test", "one key", "run").id
+
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(open_it, range(4)))
+    client = mlflow.MlflowClient()
+    [run] = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert opened == [run.info.run_id] * 4
