@@ -1,4 +1,4 @@
-"""What the nodes of the Ray cluster have: for a word to the user where a stage wants more."""
+"""What the nodes of the Ray cluster have, and how many processes find room there."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -30,7 +30,6 @@ STAGES = ("prepare", "train", "evaluate", "promote", "serve")
 SCORING = ("evaluate", "promote")  # whose jobs themselves compute
 STEPS_VERSION = 2  # raise it when the steps change: a workflow must not be continued by others than those it began with
 LOOK_SECONDS = 1.0
-TAKEOVER_SECONDS = 90.0  # without a step or a job: longer than the pause before a job's last attempt
 UNFINISHED = ["PENDING", "ENQUEUED"]
 DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 
@@ -102,9 +101,8 @@ def attach_or_start(prefix: str, workflow: Callable[..., Result], *arguments: An
 
 
 def _outcome(handle: Any, surroundings: Surroundings) -> Result:
-    """Of a workflow on which another process may be at work: then what is done there is shown here, and where nothing
-    is for too long, that process is gone, and this one goes on."""
-    moved, before, shown = time.monotonic(), 0, 0
+    """Of a workflow on which another process may be at work: then what is done there is shown here."""
+    shown = 0
     while True:
         time.sleep(LOOK_SECONDS)
         if handle.workflow_id in _worked_on or handle.get_status().status not in UNFINISHED:
@@ -115,14 +113,9 @@ def _outcome(handle: Any, surroundings: Surroundings) -> Result:
             surroundings.watch(name, "done", summary(name, result) if result else "")
         shown = len(done)
         parent = _parent_among(steps)
-        running = [each for each in surroundings.jobs.attempts() if each.parent == parent and each.is_running]
-        for attempt in running:
-            surroundings.watch(attempt.stage, "running", "watched by another gru run")
-        if running or len(steps) != before:
-            moved, before = time.monotonic(), len(steps)
-        elif time.monotonic() - moved > TAKEOVER_SECONDS:
-            DBOS.resume_workflow(handle.workflow_id)
-            moved = time.monotonic()
+        for attempt in surroundings.jobs.attempts():
+            if attempt.parent == parent and attempt.is_running:
+                surroundings.watch(attempt.stage, "running", "watched by another gru run")
 
 
 def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[str]:
