@@ -7,9 +7,8 @@ a stage whose result is in storage is not done again.
 import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,12 @@ from gru.config import PipelineConfig, Resources, content_key
 from gru.errors import UserError
 from jobs import stages
 from jobs.stages import Result
-from pipelines.ray_jobs import JobFailed, RayJobs
+from pipelines.ray_jobs import Attempt, JobFailed, RayJobs
+from pipelines.turns import turn
 
 STAGES = ("prepare", "train", "evaluate", "promote", "serve")
 SCORING = ("evaluate", "promote")  # whose jobs themselves compute
 STEPS_VERSION = 2  # raise it when the steps change: a workflow must not be continued by others than those it began with
-LOOK_SECONDS = 1.0
 UNFINISHED = ["PENDING", "ENQUEUED"]
 DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 
@@ -48,24 +47,24 @@ class Surroundings:
 
 
 _surroundings: Surroundings | None = None
-_worked_on: set[str | None] = set()
-"""Workflows that this process executes."""
 
 
 def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -> Result:
     """Run the workflow of this config to its end, or join the one that is under way; the summary of its stages."""
     prefix = f"{config.name}-{content_key(STEPS_VERSION, config, stages.prepare(config).key)}"
     config_json = config.model_dump_json()
-    with launched(prefix, surroundings, database):
-        result = _outcome(attach_or_start(prefix, train_generator, config_json, prefix), surroundings)
+    with launched(prefix, surroundings, database) as joined:
+        result = join_or_start(joined, prefix, train_generator, config_json, prefix).get_result()
         if stages.serve(config).result() is None:  # it was up when the workflow went on after a kill, and is no more
             run_stage("serve", config_json, result["tracking"], result["dataset"], {})
         return result
 
 
 @contextmanager
-def launched(prefix: str, surroundings: Surroundings, database: str) -> Iterator[None]:
-    """DBOS, with what was begun under this prefix going on, and nothing else."""
+def launched(prefix: str, surroundings: Surroundings, database: str) -> Iterator[str | None]:
+    """DBOS, with what was begun under this prefix going on, and nothing else.
+
+    While another process is at work on that, what it does is shown; the id of the workflow that this was, if any."""
     global _surroundings
     _surroundings = surroundings
     settings: DBOSConfig = {
@@ -77,45 +76,75 @@ def launched(prefix: str, surroundings: Surroundings, database: str) -> Iterator
         "executor_id": prefix,
         "console_log_level": "CRITICAL",
     }
-    DBOS(config=settings)
-    try:
-        DBOS.launch()
-        yield
-    except (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkflowCancelledError):
-        raise JobFailed("cancelled; the same command goes on with what is there") from None
-    finally:
-        DBOS.destroy()
+    with _answering():
+        DBOS.migrate(database)
+    other = _Onlooker(prefix, surroundings, open_database(database))
+    with turn(database, prefix, other.look):
+        if other.joined:
+            other.look()  # at how it ended
+        DBOS(config=settings)
+        try:
+            DBOS.launch()
+            yield other.joined
+        except (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkflowCancelledError):
+            raise JobFailed("cancelled; the same command goes on with what is there") from None
+        finally:
+            DBOS.destroy()
 
 
-def attach_or_start(prefix: str, workflow: Callable[..., Result], *arguments: Any) -> Any:
-    """The handle of the newest workflow of that prefix, which is another one if that has ended."""
-    known = {}
-    for status in DBOS.list_workflows(workflow_id_prefix=f"{prefix}-"):
-        if found := re.fullmatch(re.escape(prefix) + r"-(\d+)", status.workflow_id):
-            known[int(found[1])] = status.status
-    newest = max(known, default=0)
-    if known.get(newest) in UNFINISHED:
-        return DBOS.retrieve_workflow(f"{prefix}-{newest}")
-    with SetWorkflowID(f"{prefix}-{newest + 1}"):
+def join_or_start(joined: str | None, prefix: str, workflow: Callable[..., Result], *arguments: Any) -> Any:
+    """The handle of the workflow that was joined, or of the prefix's newest; a new one's if that has ended."""
+    if joined:
+        return DBOS.retrieve_workflow(joined)
+    number, is_unfinished = _newest(prefix, DBOS.list_workflows(workflow_id_prefix=f"{prefix}-"))
+    if is_unfinished:
+        return DBOS.retrieve_workflow(f"{prefix}-{number}")
+    with SetWorkflowID(f"{prefix}-{number + 1}"):
         return DBOS.start_workflow(workflow, *arguments)
 
 
-def _outcome(handle: Any, surroundings: Surroundings) -> Result:
-    """Of a workflow on which another process may be at work: then what is done there is shown here."""
-    shown = 0
-    while True:
-        time.sleep(LOOK_SECONDS)
-        if handle.workflow_id in _worked_on or handle.get_status().status not in UNFINISHED:
-            return handle.get_result()
-        steps = DBOS.list_workflow_steps(handle.workflow_id)
+def _newest(prefix: str, found: Sequence[Any]) -> tuple[int, bool]:
+    """The number of the newest workflow, 0 if there is none, and whether it has not ended."""
+    known = {}
+    for status in found:
+        if number := re.fullmatch(re.escape(prefix) + r"-(\d+)", status.workflow_id):
+            known[int(number[1])] = status.status
+    newest = max(known, default=0)
+    return newest, known.get(newest) in UNFINISHED
+
+
+class _Onlooker:
+    """Shows what another process does of the newest workflow of a prefix."""
+
+    def __init__(self, prefix: str, surroundings: Surroundings, client: DBOSClient) -> None:
+        self.prefix, self.surroundings, self.client = prefix, surroundings, client
+        self.joined: str | None = None
+        self._shown: set[str] = set()
+
+    def look(self) -> None:
+        number, is_unfinished = _newest(self.prefix, self.client.list_workflows(workflow_id_prefix=f"{self.prefix}-"))
+        if is_unfinished:
+            self.joined = f"{self.prefix}-{number}"
+        if self.joined:
+            with suppress(OSError, RuntimeError):  # the job server may be away for a while
+                running = [each for each in self.surroundings.jobs.attempts() if each.is_running]
+                trials = self.client.list_workflows(parent_workflow_id=self.joined)  # where it is a sweep
+                labels = {each.workflow_id: each.input["args"][0] for each in trials if each.input}
+                for workflow_id, label in (labels or {self.joined: ""}).items():
+                    self._show(workflow_id, label, running)
+
+    def _show(self, workflow_id: str, label: str, running: list[Attempt]) -> None:
+        watch = partial(_watch, self.surroundings.watch, label)
+        steps = self.client.list_workflow_steps(workflow_id)
         done = [step["output"] for step in steps if step["function_name"] == run_stage.__qualname__]
-        for name, result in list(zip(STAGES, done, strict=False))[shown:]:
-            surroundings.watch(name, "done", summary(name, result) if result else "")
-        shown = len(done)
+        for name, result in zip(STAGES, done, strict=False):
+            if result and f"{label} {name}" not in self._shown:
+                self._shown.add(f"{label} {name}")
+                watch(name, "done", summary(name, result))
         parent = _parent_among(steps)
-        for attempt in surroundings.jobs.attempts():
-            if attempt.parent == parent and attempt.is_running:
-                surroundings.watch(attempt.stage, "running", "watched by another gru run")
+        for attempt in running:
+            if attempt.parent == parent:
+                watch(attempt.stage, "running", "by another process")
 
 
 def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[str]:
@@ -140,12 +169,19 @@ def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[
 
 def open_database(database: str) -> DBOSClient:
     """For looking at workflows without running any. Raises UserError if there are none, or it does not answer."""
-    logging.getLogger("dbos").setLevel(logging.CRITICAL)
     path = database.removeprefix("sqlite:///")
     if path != database and not Path(path).exists():
         raise UserError(f"{Path(path).parent}: no workflow has begun here")
-    try:
+    with _answering():
         return DBOSClient(system_database_url=database)
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Raises UserError where the workflow's database does not answer."""
+    logging.getLogger("dbos").setLevel(logging.CRITICAL)
+    try:
+        yield
     except SQLAlchemyError as error:
         raise UserError(f"{DATABASE_VARIABLE}: {str(error).splitlines()[0]}") from None
 
@@ -172,7 +208,6 @@ def database_url(store: str) -> str:
 
 @DBOS.workflow()
 def train_generator(config_json: str, key: str) -> Result:
-    _worked_on.add(DBOS.workflow_id)
     parent = open_parent(config_json, key, None, None)
     dataset, results = run_stages(STAGES, config_json, parent, "")
     measured = measures(results)

@@ -9,13 +9,12 @@ import os
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
+
+from tests.waiting import wait_for
 
 CHECKOUT = Path(__file__).parents[2]
 INSTALLED = Path(sys.prefix)
@@ -34,15 +33,6 @@ printf '127.0.0.1 localhost\n%s\n' "$2" > /run/hosts && mount --bind /run/hosts 
 : > /run/resolv.conf && mount --bind /run/resolv.conf /etc/resolv.conf
 ip link set lo up && mkdir -p /home/gru && chmod 1777 /tmp /home/gru
 """
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.2)
-    raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
 class Network:

@@ -9,9 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from gru.registry import load_bundle
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
 from jobs import entry
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 GRU = [str(Path(sys.executable).with_name("gru"))]
@@ -77,15 +77,6 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 180) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.1)
-    raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
 def _command_of(process: psutil.Process) -> list[str]:
@@ -414,20 +405,26 @@ def test_status_tells_what_each_workflow_has_done(pipeline: Pipeline) -> None:
     assert (lost.returncode, lost.stderr) == (2, f"error: {pipeline.directory}: no workflow has begun here\n")
 
 
-def test_what_is_cancelled_stops_everywhere(pipeline: Pipeline) -> None:
+def test_of_two_at_once_one_works_and_what_is_cancelled_stops_everywhere(pipeline: Pipeline) -> None:
     changes = ["--set", "train.steps=100000"]
-    running = subprocess.Popen(
-        [*pipeline.command, *changes, "--exit"], cwd=pipeline.directory, stderr=subprocess.PIPE, text=True
-    )
+    command = [*pipeline.command, *changes, "--exit"]
+    killed = subprocess.Popen(command, cwd=pipeline.directory, stderr=subprocess.DEVNULL)
     wait_for("the job", lambda: pipeline.job_processes("train"))
+    told = pipeline.directory / "told.txt"
+    with told.open("w") as err:
+        running = subprocess.Popen(command, cwd=pipeline.directory, stderr=err)
+    wait_for("it to look on", lambda: "train     running" in told.read_text())
+    assert "by another process" in told.read_text()
+    killed.kill()
+    killed.wait()
+    wait_for("it to go on", lambda: " step " in told.read_text())
     [*_, workflow] = pipeline.status()
     assert workflow["state"] == "running"
     cancel = [*GRU, "cancel", pipeline.config, *changes]
     done = subprocess.run(cancel, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == f"cancelled {workflow['id']}\n", done.stderr
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 1
-    assert err.splitlines()[-1].startswith("error: cancelled")
+    assert running.wait(timeout=60) == 1
+    assert told.read_text().splitlines()[-1].startswith("error: cancelled")
     assert not pipeline.job_processes("train")
     assert pipeline.status()[-1]["state"] == "cancelled"
     runs = mlflow.MlflowClient(pipeline.tracking).search_runs(

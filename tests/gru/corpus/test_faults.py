@@ -9,7 +9,6 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from gru.corpus.dataset import open_dataset
 from gru.corpus.prepare import prepare
 from gru.errors import UserError
 from tests.gru.corpus.reading import write
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]
 BYTES = TokenizerConfig(kind="byte")
@@ -40,15 +40,6 @@ def files(directory: str | Path) -> dict[str, bytes]:
     found = {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != "result.json"}
     assert set(found) == {"manifest.json", "tokenizer.json", *(shard.name for shard in dataset.manifest.shards)}
     return found
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 120) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.002)
-    raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
 def lines(count: int, rng: random.Random) -> bytes:
@@ -136,7 +127,7 @@ class Job:
             assert self.process is not None and self.process.poll() is None, self.stderr
             return line in self.stderr
 
-        wait_for(f"{line!r} in {self.stderr}", said)
+        wait_for(f"{line!r} in {self.stderr}", said, every=0.002)
 
     def kill(self) -> None:
         """The driver alone."""

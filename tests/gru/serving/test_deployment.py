@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from gru.network import free_port
 from gru.registry import CHAMPION, Bundle
 from gru.serving import deployment
 from gru.serving.sampling import SamplingParams
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 MODEL = ModelConfig(embedding=16, hidden=16)
@@ -135,13 +136,6 @@ class Load:
             text = "".join(chunk.choices[0].text for chunk in chunks)
             self.texts.setdefault("+".join(sorted(versions)), set()).add(text)
             self.answers += 1
-
-
-def wait_for(what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
-        time.sleep(0.1)
 
 
 def processes(name: str) -> list[psutil.Process]:

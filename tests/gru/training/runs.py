@@ -8,8 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from gru.corpus.dataset import Dataset
 from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
+from tests.waiting import wait_for
 
 MODEL = {"embedding": 48, "hidden": 96, "layers": 2, "dropout": 0.1, "precision": "fp32"}
 TRAIN = {
@@ -39,15 +39,6 @@ TRAIN = {
     "heldout_tokens": 4000,
     "checkpoint_steps": 20,
 }
-
-
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 120, every: float = 0.05) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(every)
-    raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
 @contextmanager
