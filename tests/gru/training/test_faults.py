@@ -23,7 +23,8 @@ from ray.core.generated import autoscaler_pb2
 from gru.corpus.dataset import open_dataset
 from gru.training import checkpoint as checkpoints
 from jobs import entry
-from tests.gru.training.runs import TRAIN, Site, Training, assert_same, cluster_of, undisturbed, wait_for
+from tests.gru.training.runs import TRAIN, Site, Training, assert_same, cluster_of, undisturbed
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.faults
 
@@ -91,29 +92,25 @@ def kill_all(processes: list[psutil.Process]) -> None:
         process.kill()
 
 
-@pytest.mark.parametrize("how_many", [1, 2])
-def test_workers_killed(start: Callable[..., Training], expected: str, how_many: int) -> None:
+def test_one_worker_is_killed_and_then_both(start: Callable[..., Training], expected: str) -> None:
     run = start()
-    run.wait_for_step(60)
-    kill_all(run.workers()[:how_many])
+    for failures, how_many in enumerate([1, 2], 1):
+        run.wait_for_step(run.newest_step() + 60)
+        kill_all(run.workers()[:how_many])
+        run.wait_for_line(f"failure {failures} of at most 3: worker")
     run.finish()
-    assert "failure 1 of at most 3: worker" in run.stderr
     assert "died; starting again from the last checkpoint" in run.stderr
     assert_as_undisturbed(run, expected)
 
 
-def test_the_driver_killed(start: Callable[..., Training], expected: str) -> None:
+def test_the_driver_is_killed_and_then_the_controller_whose_note_is_truncated(
+    start: Callable[..., Training], expected: str
+) -> None:
     run = start()
     run.wait_for_step(60)
     run.close()
-    assert run.newest_step() < TRAIN["steps"]
-    run.start().finish()
-    assert_as_undisturbed(run, expected)
-
-
-def test_the_controller_killed_and_a_truncated_note_of_its_found(start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    run.wait_for_step(60)
+    at = run.newest_step()
+    run.start().wait_for_step(at + 60)
     (run.directory / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.60.0", "che')
     kill_all(run.controllers())
     run.finish()
@@ -161,9 +158,48 @@ def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[...,
     assert run.logged() == logged_steps(TRAIN["steps"])
 
 
-def test_a_flipped_byte_in_the_newest_checkpoint(start: Callable[..., Training], expected: str) -> None:
+def test_the_disk_is_full_and_then_away_for_20_seconds(start: Callable[..., Training], expected: str) -> None:
     run = start()
-    run.wait_for_step(100)
+    run.wait_for_step(60)
+    workers = run.workers()
+    for worker in workers:
+        worker.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
+    run.wait_for_line("could not be saved, and will be tried again: [Errno 27] File too large")
+    kept = [Path(path) for path in checkpoints.paths(str(run.directory))]
+    at = max(checkpoints.load(str(path)).step for path in kept if (path / checkpoints.DIGESTS).exists())
+    assert at >= 60
+    for worker in workers:
+        worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
+    run.wait_for_step(at + 20)
+    told = len(run.stderr)
+
+    directory, away = run.directory, run.storage / "away"
+    directory.rename(away)
+    while not directory.is_file():
+        shutil.rmtree(directory, ignore_errors=True)  # which a commit at this moment may have made anew
+        with suppress(IsADirectoryError):
+            directory.write_text("not a directory")
+    time.sleep(20)
+    directory.unlink()
+    away.rename(directory)
+    run.finish()
+    assert "could not be saved, and will be tried again" in run.stderr[told:]
+    assert "failure 1" not in run.stderr
+    assert_as_undisturbed(run, expected)
+
+
+def test_told_to_stop_and_then_a_byte_of_the_newest_checkpoint_flipped(
+    start: Callable[..., Training], expected: str
+) -> None:
+    run = start()
+    run.wait_for_step(60)
+    run.signal(signal.SIGTERM)
+    assert run.wait(60) == 128 + signal.SIGTERM, run.stderr
+    assert f"stopped at step {run.newest_step():,}, saved: the same command goes on from there" in run.stderr
+    assert run.status() == "KILLED"
+    assert run.logged()[-1] == run.newest_step() // TRAIN["log_steps"] * TRAIN["log_steps"]
+
+    run.start().wait_for_step(run.newest_step() + 40)
     run.close()
     kill_all(run.workers())
     newest = Path(checkpoints.paths(str(run.directory))[0])
@@ -178,74 +214,25 @@ def test_a_flipped_byte_in_the_newest_checkpoint(start: Callable[..., Training],
     assert_as_undisturbed(run, expected)
 
 
-def test_storage_that_fails_for_20_seconds(start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    run.wait_for_step(60)
-    directory, away = run.directory, run.storage / "away"
-    directory.rename(away)
-    while not directory.is_file():
-        shutil.rmtree(directory, ignore_errors=True)  # which a commit at this moment may have made anew
-        with suppress(IsADirectoryError):
-            directory.write_text("not a directory")
-    time.sleep(20)
-    directory.unlink()
-    away.rename(directory)
-    run.finish()
-    assert "could not be saved, and will be tried again" in run.stderr
-    assert "failure 1" not in run.stderr
-    assert_as_undisturbed(run, expected)
-
-
-def test_a_full_disk(start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    run.wait_for_step(60)
-    workers = run.workers()
-    for worker in workers:
-        worker.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
-    run.wait_for_line("could not be saved, and will be tried again: [Errno 27] File too large")
-    kept = [Path(path) for path in checkpoints.paths(str(run.directory))]
-    assert max(checkpoints.load(str(path)).step for path in kept if (path / checkpoints.DIGESTS).exists()) >= 60
-    for worker in workers:
-        worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
-    run.finish()
-    assert "failure 1" not in run.stderr
-    assert_as_undisturbed(run, expected)
-
-
-def test_told_to_stop(start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    run.wait_for_step(60)
-    run.signal(signal.SIGTERM)
-    assert run.wait(60) == 128 + signal.SIGTERM, run.stderr
-    assert f"stopped at step {run.newest_step():,}, saved: the same command goes on from there" in run.stderr
-    assert run.status() == "KILLED"
-    assert run.logged()[-1] == run.newest_step() // TRAIN["log_steps"] * TRAIN["log_steps"]
-    run.start().finish()
-    assert_as_undisturbed(run, expected)
-
-
-def test_a_worker_that_stands_still(start: Callable[..., Training], expected: str) -> None:
-    run = start(stall_seconds=15)
-    run.wait_for_step(60)
-    stopped = run.workers()[1]
-    stopped.suspend()
-    run.wait_for_line("failure 1 of at most 3", 60)
-    run.finish()
-    assert not stopped.is_running()
-    assert_as_undisturbed(run, expected)
-
-
-def test_a_read_that_never_returns(start: Callable[..., Training], expected: str) -> None:
+def test_a_worker_that_stands_still_and_then_a_read_that_never_returns(
+    start: Callable[..., Training], expected: str
+) -> None:
     """A shard gives way to a pipe that nobody writes to, as a mount that hangs."""
     run = start(stall_seconds=15, max_failures=20)
     run.wait_for_step(40)
+    stopped = run.workers()[1]
+    stopped.suspend()
+    run.wait_for_line("failure 1 of at most 20", 60)
+    run.wait_for_step(run.newest_step() + 20)
+    assert not stopped.is_running()
+
     [shard] = run.storage.glob("datasets/*/train-*.parquet")
     kept = shard.with_suffix(".kept")
     shard.rename(kept)
     os.mkfifo(shard)
     try:
         run.wait_for_line("has finished no step for train.stall_seconds = 15", 60)
-        run.wait_for_line("failure 1 of at most 20", 60)
+        run.wait_for_line("failure 2 of at most 20", 60)
     finally:
         kept.replace(shard)
     run.finish()
