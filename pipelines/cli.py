@@ -180,14 +180,14 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
         running = stack.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
     with _stopped_afterwards(running, config.serve if serves else None, console):
         os.environ.update(running.environment)
-        from pipelines import train_generator
+        from pipelines import database
         from pipelines.ray_jobs import RayJobs
 
         working_dir = None if running.embedded_ray else _checkout()
         jobs = RayJobs(running.ray, config.storage, working_dir, {"MLFLOW_TRACKING_URI": running.mlflow})
         logs = _logs(config.storage)
         console.print(f"logs: {logs}   Ray: {running.ray}   MLflow: {running.mlflow}", highlight=False, soft_wrap=True)
-        yield Work(console, jobs, logs, train_generator.database_url(config.storage))
+        yield Work(console, jobs, logs, database.address(config.storage))
 
 
 def _check_address(serve: ServeConfig) -> None:
@@ -403,10 +403,10 @@ def _find_tracking(store: str) -> None:
 def _status(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from pipelines import status, train_generator
+    from pipelines import database, status
 
     store = storage.place(arguments.storage, Path.cwd())
-    found = status.workflows(store, train_generator.database_url(store), _jobs_of(store), _logs(store))
+    found = status.workflows(store, database.address(store), _jobs_of(store), _logs(store))
     if arguments.json:
         print(json.dumps(status.as_json(found), ensure_ascii=False))
     else:
@@ -414,11 +414,11 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _cancel(arguments: argparse.Namespace) -> None:
-    from pipelines import train_generator
+    from pipelines import database, train_generator
 
     config = entry.load_config(arguments.config, arguments.set)
     _find_tracking(config.storage)
-    cancelled = train_generator.cancel(config, _jobs_of(config.storage), train_generator.database_url(config.storage))
+    cancelled = train_generator.cancel(config, _jobs_of(config.storage), database.address(config.storage))
     if not cancelled:
         raise UserError("no workflow of this config is under way")
     print(f"cancelled {', '.join(cancelled)}", file=sys.stderr)

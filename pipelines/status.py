@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines import sweep, train_generator
+from pipelines.database import open_client
 from pipelines.display import COLOURS, elapsed
 from pipelines.ray_jobs import Attempt, RayJobs
 
@@ -48,7 +49,7 @@ class WorkflowStatus:
 
 def workflows(store: str, database: str, jobs: RayJobs | None, logs: Path) -> list[WorkflowStatus]:
     """The newest ones of this storage, last. jobs: None where no Ray is up."""
-    client = train_generator.open_database(database)
+    client = open_client(database)
     attempts = jobs.attempts() if jobs else []
     found = client.list_workflows(sort_desc=True, limit=LOOKED_AT, name=list(STAGES))
     mine = [each for each in found if each.input and _arguments(each)[1]["storage"] == store]

@@ -73,10 +73,9 @@ def execute(
     """Run the trials to their end, or join those that are under way; what came of each by its label, and the best."""
     variants = {label(changes): trial.model_dump_json() for changes, trial in trials.items()}
     prefix = f"{config.name}-sweep-{content_key(STEPS_VERSION, config, variants)}"
-    with train_generator.launched(prefix, surroundings, database) as joined:
+    with train_generator.launched(prefix, surroundings, database) as join_or_start:
         DBOS.register_queue(prefix, concurrency=at_once, on_conflict="always_update")
-        arguments = (config.model_dump_json(), variants, prefix)
-        return train_generator.join_or_start(joined, prefix, sweep, *arguments).get_result()
+        return join_or_start(sweep, config.model_dump_json(), variants, prefix).get_result()
 
 
 @DBOS.workflow()

@@ -4,8 +4,6 @@ Killed at any moment, the same call goes on: DBOS recovers the workflow, its ste
 a stage whose result is in storage is not done again.
 """
 
-import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,19 +16,18 @@ from dbos import DBOS, DBOSClient, DBOSConfig, SetWorkflowID
 from dbos import error as dbos_error
 from sqlalchemy.exc import SQLAlchemyError
 
-from gru import storage, tracking
+from gru import tracking
 from gru.config import PipelineConfig, Resources, content_key
-from gru.errors import UserError
 from jobs import stages
 from jobs.stages import Result
-from pipelines.ray_jobs import Attempt, JobFailed, RayJobs
+from pipelines.database import answering, open_client
+from pipelines.ray_jobs import JobFailed, RayJobs
 from pipelines.turns import turn
 
 STAGES = ("prepare", "train", "evaluate", "promote", "serve")
 SCORING = ("evaluate", "promote")  # whose jobs themselves compute
 STEPS_VERSION = 2  # raise it when the steps change: a workflow must not be continued by others than those it began with
 UNFINISHED = ["PENDING", "ENQUEUED"]
-DATABASE_VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 
 State = Literal["waiting", "running", "done", "done before", "failed"]
 Watch = Callable[[str, State, str], None]
@@ -53,18 +50,20 @@ def execute(config: PipelineConfig, surroundings: Surroundings, database: str) -
     """Run the workflow of this config to its end, or join the one that is under way; the summary of its stages."""
     prefix = f"{config.name}-{content_key(STEPS_VERSION, config, stages.prepare(config).key)}"
     config_json = config.model_dump_json()
-    with launched(prefix, surroundings, database) as joined:
-        result = join_or_start(joined, prefix, train_generator, config_json, prefix).get_result()
+    with launched(prefix, surroundings, database) as join_or_start:
+        result = join_or_start(train_generator, config_json, prefix).get_result()
         if stages.serve(config).result() is None:  # it was up when the workflow went on after a kill, and is no more
             run_stage("serve", config_json, result["tracking"], result["dataset"], {})
         return result
 
 
 @contextmanager
-def launched(prefix: str, surroundings: Surroundings, database: str) -> Iterator[str | None]:
-    """DBOS, with what was begun under this prefix going on, and nothing else.
+def launched(prefix: str, surroundings: Surroundings, database: str) -> Iterator[Callable[..., Any]]:
+    """DBOS, with what was begun under this prefix going on, and nothing else. While another process works on that, what
+    it does is shown.
 
-    While another process is at work on that, what it does is shown; the id of the workflow that this was, if any."""
+    What is yielded takes a workflow and its arguments, and gives the handle of the one that was under way, or else of
+    a new one."""
     global _surroundings
     _surroundings = surroundings
     settings: DBOSConfig = {
@@ -76,27 +75,27 @@ def launched(prefix: str, surroundings: Surroundings, database: str) -> Iterator
         "executor_id": prefix,
         "console_log_level": "CRITICAL",
     }
-    with _answering():
+    with answering():
         DBOS.migrate(database)
-    other = _Onlooker(prefix, surroundings, open_database(database))
+    other = _Onlooker(prefix, surroundings, database)
     with turn(database, prefix, other.look):
-        if other.joined:
-            other.look()  # at how it ended
+        joined = other.leave()
         DBOS(config=settings)
         try:
-            DBOS.launch()
-            yield other.joined
+            with answering():
+                DBOS.launch()
+            yield partial(_join_or_start, joined, prefix)
         except (dbos_error.DBOSAwaitedWorkflowCancelledError, dbos_error.DBOSWorkflowCancelledError):
             raise JobFailed("cancelled; the same command goes on with what is there") from None
         finally:
             DBOS.destroy()
 
 
-def join_or_start(joined: str | None, prefix: str, workflow: Callable[..., Result], *arguments: Any) -> Any:
-    """The handle of the workflow that was joined, or of the prefix's newest; a new one's if that has ended."""
+def _join_or_start(joined: str | None, prefix: str, workflow: Callable[..., Result], *arguments: Any) -> Any:
     if joined:
         return DBOS.retrieve_workflow(joined)
-    number, is_unfinished = _newest(prefix, DBOS.list_workflows(workflow_id_prefix=f"{prefix}-"))
+    found = DBOS.list_workflows(workflow_id_prefix=f"{prefix}-", load_input=False, load_output=False)
+    number, is_unfinished = _newest(prefix, found)
     if is_unfinished:
         return DBOS.retrieve_workflow(f"{prefix}-{number}")
     with SetWorkflowID(f"{prefix}-{number + 1}"):
@@ -116,42 +115,55 @@ def _newest(prefix: str, found: Sequence[Any]) -> tuple[int, bool]:
 class _Onlooker:
     """Shows what another process does of the newest workflow of a prefix."""
 
-    def __init__(self, prefix: str, surroundings: Surroundings, client: DBOSClient) -> None:
-        self.prefix, self.surroundings, self.client = prefix, surroundings, client
+    def __init__(self, prefix: str, surroundings: Surroundings, database: str) -> None:
+        self.prefix, self.surroundings, self.database = prefix, surroundings, database
         self.joined: str | None = None
-        self._shown: set[str] = set()
+        self._client: DBOSClient | None = None
+        self._ended: set[tuple[str, str]] = set()
+
+    def leave(self) -> str | None:
+        """The id of the workflow that another process was seen to work on, if any; how it ended is shown."""
+        if self.joined:
+            self.look()
+        if self._client:
+            self._client.destroy()
+        return self.joined
 
     def look(self) -> None:
-        number, is_unfinished = _newest(self.prefix, self.client.list_workflows(workflow_id_prefix=f"{self.prefix}-"))
-        if is_unfinished:
-            self.joined = f"{self.prefix}-{number}"
-        if self.joined:
-            with suppress(OSError, RuntimeError):  # the job server may be away for a while
-                running = [each for each in self.surroundings.jobs.attempts() if each.is_running]
-                trials = self.client.list_workflows(parent_workflow_id=self.joined)  # where it is a sweep
-                labels = {each.workflow_id: each.input["args"][0] for each in trials if each.input}
-                for workflow_id, label in (labels or {self.joined: ""}).items():
-                    self._show(workflow_id, label, running)
+        with suppress(OSError, RuntimeError, SQLAlchemyError, dbos_error.DBOSException):  # what is away will be back
+            self._client = self._client or DBOSClient(system_database_url=self.database, retry_connection_errors=False)
+            prefix = f"{self.prefix}-"
+            found = self._client.list_workflows(workflow_id_prefix=prefix, load_input=False, load_output=False)
+            number, is_unfinished = _newest(self.prefix, found)
+            if is_unfinished:
+                self.joined = f"{prefix}{number}"
+            if self.joined:
+                self._show(self._client, self.joined)
 
-    def _show(self, workflow_id: str, label: str, running: list[Attempt]) -> None:
-        watch = partial(_watch, self.surroundings.watch, label)
-        steps = self.client.list_workflow_steps(workflow_id)
-        done = [step["output"] for step in steps if step["function_name"] == run_stage.__qualname__]
-        for name, result in zip(STAGES, done, strict=False):
-            if result and f"{label} {name}" not in self._shown:
-                self._shown.add(f"{label} {name}")
-                watch(name, "done", summary(name, result))
-        parent = _parent_among(steps)
-        for attempt in running:
-            if attempt.parent == parent:
-                watch(attempt.stage, "running", "by another process")
+    def _show(self, client: DBOSClient, joined: str) -> None:
+        running = {(each.parent, each.stage) for each in self.surroundings.jobs.attempts() if each.is_running}
+        trials = client.list_workflows(parent_workflow_id=joined, load_output=False)  # where it is a sweep
+        labels = {each.workflow_id: each.input["args"][0] for each in trials if each.input}
+        for workflow_id, label in (labels or {joined: ""}).items():
+            watch = partial(_watch, self.surroundings.watch, label)
+            steps = client.list_workflow_steps(workflow_id)
+            done = [step for step in steps if step["function_name"] == run_stage.__qualname__]
+            for name, step in zip(STAGES, done, strict=False):
+                if (label, name) not in self._ended:
+                    self._ended.add((label, name))
+                    output = step["output"]
+                    watch(name, "failed" if step["error"] else "done", summary(name, output) if output else "")
+            parent = _parent_among(steps)
+            for name in STAGES:
+                if (parent, name) in running and (label, name) not in self._ended:
+                    watch(name, "running", "by another process")
 
 
 def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[str]:
     """End the workflows of this config that have not ended, with their jobs and their MLflow runs; their ids.
 
     jobs: None where no Ray is up."""
-    client = open_database(database)
+    client = open_client(database)
     found = client.list_workflows(status=UNFINISHED, workflow_id_prefix=f"{config.name}-")
     mine = [each.workflow_id for each in found if each.input and each.input["args"][0] == config.model_dump_json()]
     for workflow_id in mine:
@@ -167,25 +179,6 @@ def cancel(config: PipelineConfig, jobs: RayJobs | None, database: str) -> list[
     return mine
 
 
-def open_database(database: str) -> DBOSClient:
-    """For looking at workflows without running any. Raises UserError if there are none, or it does not answer."""
-    path = database.removeprefix("sqlite:///")
-    if path != database and not Path(path).exists():
-        raise UserError(f"{Path(path).parent}: no workflow has begun here")
-    with _answering():
-        return DBOSClient(system_database_url=database)
-
-
-@contextmanager
-def _answering() -> Iterator[None]:
-    """Raises UserError where the workflow's database does not answer."""
-    logging.getLogger("dbos").setLevel(logging.CRITICAL)
-    try:
-        yield
-    except SQLAlchemyError as error:
-        raise UserError(f"{DATABASE_VARIABLE}: {str(error).splitlines()[0]}") from None
-
-
 def parent_of(client: DBOSClient, workflow_id: str) -> str | None:
     """The MLflow run of a workflow, if it has come so far."""
     return _parent_among(client.list_workflow_steps(workflow_id))
@@ -193,17 +186,6 @@ def parent_of(client: DBOSClient, workflow_id: str) -> str | None:
 
 def _parent_among(steps: Sequence[Any]) -> str | None:
     return next((step["output"] for step in steps if step["function_name"] == open_parent.__qualname__), None)
-
-
-def database_url(store: str) -> str:
-    """Raises UserError where the workflow's database can be neither found nor made."""
-    if url := os.environ.get(DATABASE_VARIABLE):
-        return url
-    if not storage.is_local(store):
-        raise UserError(
-            f"storage = {store!r} cannot hold a database: set {DATABASE_VARIABLE}, such as postgresql://..."
-        )
-    return f"sqlite:///{Path(store) / 'workflows.sqlite'}"
 
 
 @DBOS.workflow()

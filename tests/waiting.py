@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 120, every: float = 0.05) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 180, every: float = 0.1) -> Any:
     """Its first value that is true."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

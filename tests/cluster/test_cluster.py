@@ -354,12 +354,6 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cl
     [driver] = [each for each in cluster.hosts["head"].processes("-m jobs.train") if each.name() == "python"]
     driver.kill()
     print(f"job killed: the next attempt goes on after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
-    pipeline.running.kill()
-    killed = time.monotonic()
-    looked_on = len(twin.told)
-    wait_for("the twin to go on", lambda: " step " in twin.told[looked_on:])
-    print(f"workflow killed: the one that looked on works after {time.monotonic() - killed:.0f} s")
-    assert twin.step < STEPS
     [postmaster] = [each for each in cluster.hosts["mlflow"].processes("postgres -D") if each.name() == "postgres"]
     postmaster.send_signal(signal.SIGINT)
     cluster.services["postgres"].process.wait()
@@ -368,7 +362,15 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cl
     experiments = "http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1"
     wait_for("MLflow on Postgres", lambda: cluster.page(experiments))
     print(f"Postgres restarted: MLflow answers after {time.monotonic() - restarted:.0f} s")
+    pipeline.wait_for_step(pipeline.step + 50)
 
+    assert " step " not in twin.told, "it is still to look on"
+    pipeline.running.kill()
+    killed = time.monotonic()
+    wait_for("the twin to go on", lambda: " step " in twin.told)
+    print(f"workflow killed: the one that looked on works after {time.monotonic() - killed:.0f} s")
+    other = start(cluster, "services", "train.min_workers=1")
+    wait_for("a third to look on", lambda: "by another process" in other.told)
     at = twin.step
     assert at < STEPS
     cluster.services["mlflow"].kill()
@@ -378,6 +380,7 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cl
     wait_for("MLflow", lambda: cluster.page(experiments))
     answers = time.monotonic()
     twin.check()
+    other.check()
     print(f"MLflow answers again: the pipeline ended {time.monotonic() - answers:.0f} s later")
     assert twin.weights() == calm.weights()
     [done] = json.loads(cluster.hosts["desk"].run("gru status s3://gru/services --json"))

@@ -1,0 +1,59 @@
+"""Where the workflows of a storage are kept: an SQLite file in it, or Postgres."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dbos import DBOSClient
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from gru import storage
+from gru.errors import UserError
+
+VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
+CONNECT_SECONDS = 10
+
+
+def address(store: str) -> str:
+    """The database's URL. Raises UserError where it can be neither found nor made."""
+    if configured := os.environ.get(VARIABLE):
+        try:
+            url = make_url(configured)
+        except ArgumentError:
+            raise UserError(f"{VARIABLE}: expected a URL, such as postgresql://...") from None
+        if url.get_backend_name() == "postgresql" and "connect_timeout" not in url.query:
+            url = url.update_query_dict({"connect_timeout": str(CONNECT_SECONDS)})
+        return url.render_as_string(hide_password=False)
+    if not storage.is_local(store):
+        raise UserError(f"storage = {store!r} cannot hold a database: set {VARIABLE}, such as postgresql://...")
+    return f"sqlite:///{Path(store) / 'workflows.sqlite'}"
+
+
+def file_of(database: str) -> Path | None:
+    """Of an SQLite database; else None."""
+    url = make_url(database)
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
+
+
+def open_client(database: str) -> DBOSClient:
+    """For looking at workflows without running any; it fails at once where the database does not answer.
+
+    Raises UserError if there are none, or it does not answer now."""
+    path = file_of(database)
+    if path and not path.exists():
+        raise UserError(f"{path.parent}: no workflow has begun here")
+    with answering():
+        return DBOSClient(system_database_url=database, retry_connection_errors=False)
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Raises UserError where the database does not answer, of which DBOS tells nothing by itself."""
+    logging.getLogger("dbos").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise UserError(f"{VARIABLE}: {str(error).splitlines()[0]}") from None
