@@ -1,7 +1,8 @@
 """The embedded stack: a Ray head and an MLflow server on 127.0.0.1, started when none is configured.
 
 What was started is noted in <storage>/stack/, by process id and start, with the processes that use it: any later
-command finds it, the last one to leave stops it, and a process that is not ours is never touched.
+command finds it, the last one to leave stops it, and a process that is not ours is never touched. One process at a time
+looks at these notes and acts on them.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 
 from gru import storage
 from gru.errors import UserError
@@ -173,7 +175,14 @@ class Stack:
 
     def leave(self) -> None:
         """Stop the embedded services that nobody else uses."""
-        stop([service for service in self.embedded if service.leave()])
+        if self.embedded:
+            with _alone(self.embedded[0].directory):
+                stop([service for service in self.embedded if service.leave()])
+
+
+def _alone(directory: Path) -> FileLock:
+    directory.mkdir(parents=True, exist_ok=True)
+    return FileLock(directory / "lock")
 
 
 def services(directory: Path) -> list[Service]:
@@ -187,6 +196,22 @@ def up(store: str, ray_port: int, mlflow_port: int, say: Callable[[str], None]) 
         raise UserError(f"storage = {store!r} is not on this machine: set RAY_ADDRESS and MLFLOW_TRACKING_URI")
     if ray_address and not mlflow_uri and urllib.parse.urlsplit(ray_address).hostname not in ("127.0.0.1", "localhost"):
         raise UserError(f"RAY_ADDRESS = {ray_address} is another machine: set MLFLOW_TRACKING_URI to what it can reach")
+    if ray_address and mlflow_uri:
+        return Stack(ray_address, mlflow_uri, {"MLFLOW_TRACKING_URI": mlflow_uri})
+    say("waiting for whoever starts or stops these services")
+    with _alone(Path(store) / "stack"):
+        return _start(store, ray_address, mlflow_uri, ray_port, mlflow_port, say)
+
+
+def _start(
+    store: str,
+    ray_address: str | None,
+    mlflow_uri: str | None,
+    ray_port: int,
+    mlflow_port: int,
+    say: Callable[[str], None],
+) -> Stack:
+    """Those that have no address are embedded."""
     directory = Path(store) / "stack"
     ray, mlflow = services(directory)
     environment: dict[str, str] = {}
@@ -228,7 +253,11 @@ def _clear(service: Service, port: int, option: str) -> str:
 
 def down(store: str) -> list[str]:
     """Stop what was started for this storage; the names of what was running."""
-    return stop(services(Path(store) / "stack"))
+    directory = Path(store) / "stack"
+    if not directory.exists():
+        return []
+    with _alone(directory):
+        return stop(services(directory))
 
 
 def find_ray(store: str) -> tuple[str, dict[str, str]] | None:

@@ -3,15 +3,14 @@
 The lock goes with the process that holds it: flock beside an SQLite database, a session's advisory lock in Postgres.
 """
 
-import fcntl
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
@@ -46,17 +45,17 @@ def _lock(database: str, name: str) -> "_FileLock | _SessionLock":
 class _FileLock:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
-        self.descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        self.lock = FileLock(path, blocking=False)
 
     def acquire(self) -> bool:
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.lock.acquire()
+        except Timeout:
             return False
         return True
 
     def release(self) -> None:
-        os.close(self.descriptor)
+        self.lock.release()
 
 
 class _SessionLock:
