@@ -433,7 +433,12 @@ def _jobs_of(store: str) -> "RayJobs | None":
         return None
     address, environment = found
     os.environ.update(environment)
-    return RayJobs(address, store, None, {})
+    try:
+        return RayJobs(address, store, None, {})
+    except UserError:
+        if "RAY_ADDRESS" in os.environ:
+            raise
+        return None  # the embedded one is about to begin or to end
 
 
 def _logs(store: str) -> Path:

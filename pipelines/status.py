@@ -32,6 +32,8 @@ class StageStatus:
     attempts: int | None
     """None where no Ray is asked, or it does not know."""
     log: str | None
+    problem: str | None = None
+    """Why it failed, in a line."""
 
 
 @dataclass(frozen=True)
@@ -64,30 +66,33 @@ def _arguments(status: Any) -> tuple[str, dict[str, Any]]:
 
 def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Path) -> WorkflowStatus:
     parent = train_generator.parent_of(client, status.workflow_id)
-    current = [each for each in attempts if each.parent == parent and each.is_running]
-    state = STATES.get(status.status, "running" if current else "unfinished")
+    mine = [each for each in attempts if each.parent == parent]
+    is_running = any(each.is_running for each in mine)
+    state = STATES.get(status.status, "running" if is_running else "unfinished")
     began = status.created_at / 1000
     ended = (status.completed_at or status.updated_at) / 1000 if state != "running" else time.time()
     names = STAGES[status.name]
-    stages = list(_stages(names, client.list_workflow_steps(status.workflow_id), current, attempts, logs))
+    stages = list(_stages(names, client.list_workflow_steps(status.workflow_id), mine, attempts, logs))
     stages += [StageStatus(name, "waiting", None, None, None) for name in names[len(stages) :]]
     label, _ = _arguments(status)
     return WorkflowStatus(status.workflow_id, label, state, began, ended - began, stages)
 
 
 def _stages(
-    names: Sequence[str], steps: list[Any], current: list[Attempt], attempts: list[Attempt], logs: Path
+    names: Sequence[str], steps: list[Any], mine: list[Attempt], attempts: list[Attempt], logs: Path
 ) -> Iterator[StageStatus]:
-    """Those that have ended, and the one that is running."""
+    """Those that have ended, and the one that is running. mine: the attempts that were made for this workflow."""
     done = [step for step in steps if step["function_name"] == train_generator.run_stage.__qualname__]
     for name, step in zip(names, done, strict=False):
         seconds = (step["completed_at_epoch_ms"] - step["started_at_epoch_ms"]) / 1000
-        key = (step["output"] or {}).get("key")
+        made = [each.key for each in mine if each.stage == name]
+        key = (step["output"] or {}).get("key", made[-1] if made else None)
         log = train_generator.log_file(logs, name, key) if key else None
         tries = max((each.number for each in attempts if (each.stage, each.key) == (name, key)), default=None)
         shown = str(log) if log and log.exists() else None
-        yield StageStatus(name, "failed" if step["error"] else "done", seconds, tries, shown)
-    for each in current[-1:]:
+        problem = (str(step["error"]).splitlines() or [repr(step["error"])])[0] if step["error"] else None
+        yield StageStatus(name, "failed" if step["error"] else "done", seconds, tries, shown, problem)
+    for each in [each for each in mine if each.is_running][-1:]:
         seconds = time.time() - (each.details.start_time or 0) / 1000
         log = train_generator.log_file(logs, each.stage, each.key)
         yield StageStatus(each.stage, "running", seconds, each.number, str(log))
@@ -110,7 +115,8 @@ def table(found: list[WorkflowStatus]) -> Group:
                 f"attempt {stage.attempts}" if (stage.attempts or 0) > 1 else "",
                 Path(stage.log).name if stage.log else "",
             )
-        parts += [head, rows]
+        problems = [Text(f"  {stage.problem}", style=COLOURS["failed"]) for stage in workflow.stages if stage.problem]
+        parts += [head, rows, *problems]
     return Group(*parts)
 
 

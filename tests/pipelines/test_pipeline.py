@@ -509,6 +509,9 @@ def test_a_mistake_that_only_a_stage_can_find_is_one_line_too(pipeline: Pipeline
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: the corpus has ")
     assert "train.window = 1000000" in done.stderr
+    train = pipeline.status()[-1]["stages"][1]
+    assert (train["state"], train["problem"]) == ("failed", done.stderr.splitlines()[-1].removeprefix("error: "))
+    assert Path(train["log"]).exists()
 
 
 @contextlib.contextmanager
