@@ -9,7 +9,7 @@ from gru.config import Resources
 ROUNDING = 1e-6  # of shares of a CPU
 
 
-def room(labels: dict[str, str]) -> dict[str, float]:
+def total_resources(labels: dict[str, str]) -> dict[str, float]:
     """The CPUs, GPUs and bytes of memory, free or not, that the nodes with these labels have together."""
     there = nodes(labels)
     return {name: sum(node["Resources"].get(name, 0) for node in there) for name in ("CPU", "GPU", "memory")}
@@ -31,7 +31,7 @@ def _has(there: dict[str, str], wanted: dict[str, str]) -> bool:
     return True
 
 
-def fitting(nodes: Iterable[Mapping[str, float]], wanted: Mapping[str, float]) -> float:
+def count_fitting(nodes: Iterable[Mapping[str, float]], wanted: Mapping[str, float]) -> float:
     """How many processes that want this find room, given what each node has; infinite where they want nothing."""
     amounts = {name: amount for name, amount in wanted.items() if amount}
     return sum(
@@ -40,15 +40,15 @@ def fitting(nodes: Iterable[Mapping[str, float]], wanted: Mapping[str, float]) -
     )
 
 
-def is_short(wanted: Resources, processes: int) -> bool:
+def is_too_small(wanted: Resources, processes: int) -> bool:
     """Whether the nodes, as they are, can never give this to so many processes."""
-    return fitting((node["Resources"] for node in nodes(wanted.labels)), wanted.amounts()) < processes
+    return count_fitting((node["Resources"] for node in nodes(wanted.labels)), wanted.amounts()) < processes
 
 
-def shortage(stage: str, wanted: Resources) -> str:
+def describe_shortage(stage: str, wanted: Resources) -> str:
     """What is wanted, by its keys, and what there is."""
     keys = [f"resources.{stage}.{key} = {value}" for key, value in wanted.model_dump().items() if value]
-    there = room(wanted.labels)
+    there = total_resources(wanted.labels)
     where = "the nodes with these labels" if wanted.labels else "this cluster's nodes"
     return (
         f"{', '.join(keys)}: no room on {where}, which have {there['CPU']:g} CPUs, {there['GPU']:g} GPUs and "

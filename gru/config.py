@@ -139,8 +139,10 @@ class TrainConfig(Section):
     )
 
     steps: PositiveInt = Field(1000, description="Optimizer steps in all.")
-    lanes: PositiveInt = Field(32, description="Parallel streams of text: the global batch, whatever the workers.")
-    window: PositiveInt = Field(64, description="Tokens that a lane reads in one step: the reach of backpropagation.")
+    batch_size: PositiveInt = Field(32, description="Parallel streams of text: the global batch, whatever the workers.")
+    sequence_length: PositiveInt = Field(
+        64, description="Tokens that a lane reads in one step: the reach of backpropagation."
+    )
     learning_rate: Annotated[float, Field(gt=0)] = Field(4e-3, description="Peak learning rate of AdamW.")
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="Learning rate at the end of the cosine, as a share of the peak."
@@ -151,7 +153,7 @@ class TrainConfig(Section):
     clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of the gradient.")
     ema_decay: Share = Field(0.995, description="Decay of the moving average of the weights, which is what is served.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of weights, order of text and dropout.")
-    workers: PositiveInt = Field(1, description="Processes that train together (DDP); it must not exceed `lanes`.")
+    workers: PositiveInt = Field(1, description="Processes that train together (DDP); it must not exceed `batch_size`.")
     min_workers: PositiveInt | None = Field(
         None,
         description="Fewest workers to train with where the cluster has no room for all of `workers`: the run takes "
@@ -186,12 +188,16 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
-        if self.workers > self.lanes:
-            raise ValueError(f"workers = {self.workers} exceeds lanes = {self.lanes}: each worker needs a lane")
+        if self.workers > self.batch_size:
+            raise ValueError(
+                f"workers = {self.workers} exceeds batch_size = {self.batch_size}: each worker needs a lane"
+            )
         if self.min_workers and self.min_workers > self.workers:
             raise ValueError(f"min_workers = {self.min_workers} exceeds workers = {self.workers}")
-        if self.bitwise_elastic > self.lanes:
-            raise ValueError(f"bitwise_elastic = {self.bitwise_elastic} exceeds lanes = {self.lanes}: no empty parts")
+        if self.bitwise_elastic > self.batch_size:
+            raise ValueError(
+                f"bitwise_elastic = {self.bitwise_elastic} exceeds batch_size = {self.batch_size}: no empty parts"
+            )
         if self.bitwise_elastic and self.workers > self.bitwise_elastic:
             raise ValueError(
                 f"workers = {self.workers} exceeds bitwise_elastic = {self.bitwise_elastic}: each worker needs a part"
@@ -200,7 +206,7 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    lanes: PositiveInt = Field(16, description="Stretches of held-out text read side by side.")
+    batch_size: PositiveInt = Field(16, description="Stretches of held-out text read side by side.")
     heldout_bytes: PositiveInt = Field(4_000_000, description="Most held-out text that is scored.")
     prompt: str = Field("\n", description="What the sampled texts begin with.")
     sample_tokens: PositiveInt = Field(200, description="Tokens in each sampled text.")

@@ -5,7 +5,7 @@ import socket
 from gru.errors import UserError
 
 
-def require_free(host: str, port: int, option: str) -> None:
+def require_bindable(host: str, port: int, option: str) -> None:
     """Raise UserError, naming the option, if another program listens on the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -15,7 +15,7 @@ def require_free(host: str, port: int, option: str) -> None:
             raise UserError(f"port {port} is in use ({error.strerror}): choose another with {option}") from None
 
 
-def is_here(host: str) -> bool:
+def is_local_address(host: str) -> bool:
     """Whether that name or address is one of this machine's own."""
     with socket.socket() as probe:
         try:

@@ -30,7 +30,7 @@ def absolute(path: str, base: str | Path) -> str:
     return path if "://" in path else os.path.normpath(Path(base) / Path(path).expanduser())
 
 
-def place(path: str, base: str | Path) -> str:
+def normalize(path: str, base: str | Path) -> str:
     """The same storage always in the same words: absolute, and a URL without a slash at its end."""
     found = absolute(path, base)
     return found if is_local(found) else found.rstrip("/")
@@ -191,7 +191,7 @@ def move(path: str, target: str) -> None:
 
 
 @contextmanager
-def room(path: str) -> Iterator[None]:
+def full_disk_is_user_error(path: str) -> Iterator[None]:
     """Raises UserError instead of the OSError of a disk that is full, or takes nothing more."""
     try:
         yield

@@ -7,9 +7,11 @@ import os
 import time
 from typing import Any
 
-from gru import storage, tracking
+from gru import storage
 from gru.config import PipelineConfig, content_key
 from gru.errors import UserError
+from gru.registry import tracking
+from gru.registry.bundle import write_bundle
 from jobs import entry, stages
 
 
@@ -25,26 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
-    seconds, seeds = call.arguments.seconds, call.arguments.seeds
+def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+    seconds, seeds = context.arguments.seconds, context.arguments.seeds
     if not (seconds > 0 and seeds > 0):
         raise UserError(f"--seconds {seconds} --seeds {seeds}: expected positive numbers")
     entry.require_tracking()
-    prepared = stages.prepare(config, call.dataset).require()
+    prepared = stages.prepare_stage(config, context.dataset).require()
     import torch
 
-    from gru import registry
+    from gru.comparison import contenders, report, trial
     from gru.corpus.dataset import open_dataset
-    from gru.training import comparison, report
-    from gru.training.loop import heldout_tokens
+    from gru.training.worker_loop import heldout_tokens
 
     started = time.monotonic()
     dataset = open_dataset(prepared["dataset"])
-    told = call.arguments.contender or comparison.DEFAULTS
-    contenders = [comparison.contender(each, config, dataset.manifest.vocab_size) for each in told]
-    if twice := {each.name for each in contenders if sum(other.name == each.name for other in contenders) > 1}:
+    told = context.arguments.contender or contenders.DEFAULTS
+    chosen = [contenders.parse_contender(each, config, dataset.manifest.vocab_size) for each in told]
+    if twice := {each.name for each in chosen if sum(other.name == each.name for other in chosen) > 1}:
         raise UserError(f"--contender {twice.pop()}: given twice: expected another name for each")
-    for each in contenders:
+    for each in chosen:
         each.lane_order(dataset, config.train.seed)  # a corpus too small for the last is told before the first
     gpu = config.resources.train.gpus > 0
     if gpu and not torch.cuda.is_available():
@@ -55,33 +56,41 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     machine = torch.cuda.get_device_name(device) if gpu else f"{threads} threads"
     heldout = heldout_tokens(dataset, config.train.heldout_tokens)
     settings = config.evaluate
-    measured = [settings.lanes, settings.heldout_bytes, config.train.heldout_tokens]
+    measured = [settings.batch_size, settings.heldout_bytes, config.train.heldout_tokens]
     directory = storage.join(
         config.storage, "comparisons", content_key("compare", prepared["digest"], measured, seconds, machine)
     )
     drawn = range(config.train.seed, config.train.seed + seeds)
-    key = content_key(directory.rsplit("/", 1)[1], [(each.name, each.key) for each in contenders], list(drawn))
+    key = content_key(directory.rsplit("/", 1)[1], [(each.name, each.key) for each in chosen], list(drawn))
 
-    def record_of(contender: comparison.Contender, seed: int, parent: tracking.Run) -> comparison.Record:
+    def record_of(contender: contenders.Contender, seed: int, parent: tracking.Run) -> trial.TrialRecord:
         path = storage.join(directory, f"{contender.name}-{contender.key}-{seed}.json")
         name = f"{contender.name}, seed {seed}"
         child_key = content_key(key, contender.name, seed)
         if storage.exists(path) and tracking.is_finished(config.experiment, child_key):
-            call.progress(f"{name}: done already")
+            context.progress(f"{name}: done already")
             return storage.read_json(path)
         with tracking.stage_run(config.experiment, child_key, name, parent.id) as child:
             begun = time.time()
             if storage.exists(path):
-                call.progress(f"{name}: done already")
-                record: comparison.Record = storage.read_json(path)
+                context.progress(f"{name}: done already")
+                record: trial.TrialRecord = storage.read_json(path)
             else:
-                call.progress(f"{name}: training for {seconds:g} s")
+                context.progress(f"{name}: training for {seconds:g} s")
 
                 def show(line: str) -> None:
-                    call.progress(f"{name}: {line}")
+                    context.progress(f"{name}: {line}")
 
-                record, model = comparison.train(
-                    contender, seed, dataset, heldout, seconds, settings.lanes, settings.heldout_bytes, device, show
+                record, model = trial.train_contender(
+                    contender,
+                    seed,
+                    dataset,
+                    heldout,
+                    seconds,
+                    settings.batch_size,
+                    settings.heldout_bytes,
+                    device,
+                    show,
                 )
                 if not (contender.transformer or record["diverged"]):
                     lineage = {
@@ -94,9 +103,9 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
                         "versions": {"torch": str(torch.__version__)},
                     }
                     bundle = path.removesuffix(".json")
-                    registry.write_bundle(bundle, contender.model, model.state_dict(), dataset.tokenizer(), lineage)
+                    write_bundle(bundle, contender.model, model.state_dict(), dataset.tokenizer(), lineage)
                 storage.write_json(path, record)
-                call.progress(f"{name}: {_outcome(record)}")
+                context.progress(f"{name}: {_outcome(record)}")
             child.log_params({"contender": contender.name, "seed": seed, **record["settings"]})
             child.log_points([{**point, "time": begun + point["time"]} for point in record["points"]])
             finals = {"nats_per_character": record["nats_per_character"], "bits_per_byte": record["bits_per_byte"]}
@@ -109,13 +118,13 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
             )
         return record
 
-    runs: report.Runs = {each.name: [] for each in contenders}
-    with tracking.stage_run(config.experiment, key, "compare", call.parent) as run:
+    runs: report.Runs = {each.name: [] for each in chosen}
+    with tracking.stage_run(config.experiment, key, "compare", context.parent) as run:
         run.log_params({"seconds": seconds, "seeds": seeds, "contenders": ", ".join(runs), "machine": machine})
         counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
         run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
         for seed in drawn:
-            for contender in contenders:
+            for contender in chosen:
                 runs[contender.name].append(record_of(contender, seed, run))
         rows = report.summarise(runs)
         result: dict[str, Any] = {
@@ -126,16 +135,16 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
             "seconds": seconds,
             "contenders": rows,
         }
-        if {"gru", comparison.TRANSFORMER} <= runs.keys():
-            result["gru_beats_transformer"] = report.better(runs, "gru", comparison.TRANSFORMER)
+        if {"gru", contenders.TRANSFORMER} <= runs.keys():
+            result["gru_beats_transformer"] = report.better(runs, "gru", contenders.TRANSFORMER)
         run.client.log_text(run.id, report.table(rows), "table.md")
         run.client.log_dict(run.id, {**result, "records": runs}, "comparison.json")
         for name in ("comparison.png", "comparison.svg"):
             run.client.log_figure(run.id, report.picture(runs, seconds), name)
     for line in report.table(rows).splitlines():
-        call.progress(line)
+        context.progress(line)
     if won := result.get("gru_beats_transformer"):
-        call.progress(f"gru is better than the transformer at {sum(won)} of {len(won)} equal times")
+        context.progress(f"gru is better than the transformer at {sum(won)} of {len(won)} equal times")
     return {**result, "took": round(time.monotonic() - started, 1)}
 
 

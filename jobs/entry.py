@@ -25,7 +25,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Call:
+class JobContext:
     """What a job is told besides its configuration."""
 
     parent: str | None
@@ -54,7 +54,7 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
     tokenizer, keys = (path and storage.absolute(path, home) for path in (config.tokenizer.path, config.serve.keys))
     return config.model_copy(
         update={
-            "storage": storage.place(config.storage, home),
+            "storage": storage.normalize(config.storage, home),
             "corpus": config.corpus.model_copy(update={"sources": sources}),
             "tokenizer": config.tokenizer.model_copy(update={"path": tokenizer}),
             "serve": config.serve.model_copy(update={"keys": keys}),
@@ -65,7 +65,7 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
 def main(
     stage: str,
     description: str,
-    run: Callable[[PipelineConfig, Call], dict[str, Any]],
+    run: Callable[[PipelineConfig, JobContext], dict[str, Any]],
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
     """Run a job: `run(config, call)` gives the result. `add_arguments` adds options of its own."""
@@ -84,7 +84,7 @@ def main(
     try:
         config = load_config(arguments.config, arguments.set)
         storage.check_writable(config.storage)
-        result = run(config, Call(arguments.parent, arguments.dataset, progress, arguments))
+        result = run(config, JobContext(arguments.parent, arguments.dataset, progress, arguments))
     except KeyboardInterrupt:
         sys.exit(130)
     except Stopped as stop:

@@ -4,15 +4,15 @@ import os
 import time
 from typing import Any
 
-from gru import tracking
 from gru.config import PipelineConfig
+from gru.registry import tracking
 from jobs import entry, stages
 
 _EXAMPLES = 5  # places with something wrong that are shown
 
 
-def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
-    stage = stages.prepare(config, call.dataset)
+def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+    stage = stages.prepare_stage(config, context.dataset)
     if result := stage.result():
         return result
     from gru.corpus.prepare import prepare
@@ -20,7 +20,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     entry.start_ray()
     started = time.monotonic()
     resources = config.resources.prepare
-    manifest = prepare(config.corpus, config.tokenizer, stage.directory, call.progress, resources).manifest
+    manifest = prepare(config.corpus, config.tokenizer, stage.directory, context.progress, resources).manifest
     counts = {
         "documents": manifest.counts.documents,
         "bytes": manifest.counts.bytes,
@@ -30,11 +30,11 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
         "shards": len(manifest.shards),
     }
     for example in manifest.examples[:_EXAMPLES]:
-        call.progress(example)
+        context.progress(example)
     if manifest.dropped or manifest.replaced:
         reasons = [f"{count:,} {reason}" for reason, count in manifest.dropped.items()]
         reasons += [f"{manifest.replaced:,} with U+FFFD in place of invalid bytes"] if manifest.replaced else []
-        call.progress(f"left out: {', '.join(reasons)}" if manifest.dropped else ", ".join(reasons))
+        context.progress(f"left out: {', '.join(reasons)}" if manifest.dropped else ", ".join(reasons))
     result = {
         "stage": stage.name,
         "key": stage.key,
@@ -45,7 +45,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 1),
     }
     if os.environ.get("MLFLOW_TRACKING_URI"):
-        with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
+        with tracking.stage_run(config.experiment, stage.key, stage.name, context.parent) as run:
             run.log_params({"corpus": config.corpus.model_dump(), "tokenizer": config.tokenizer.model_dump()})
             run.log_metrics({**counts, "seconds": result["seconds"]})
             run.log_dataset(config.name, manifest.digest, stage.directory, counts)

@@ -4,37 +4,39 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gru import tracking
 from gru.config import PipelineConfig
+from gru.registry import tracking
 from jobs import entry, stages
 
 
-def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     entry.require_tracking()
-    prepared = stages.prepare(config, call.dataset).require()
-    trained = stages.train(config, prepared).require()
-    evaluated = stages.evaluate(config, prepared, trained).require()
-    stage = stages.promote(config, trained, evaluated)
+    prepared = stages.prepare_stage(config, context.dataset).require()
+    trained = stages.train_stage(config, prepared).require()
+    evaluated = stages.evaluate_stage(config, prepared, trained).require()
+    stage = stages.promote_stage(config, trained, evaluated)
     if result := stage.result():
         return result
-    from gru import evaluation, registry
     from gru.corpus.dataset import open_dataset
+    from gru.evaluation.scores import read_heldout, score
+    from gru.registry import versions
+    from gru.registry.versions import fetch_bundle
 
-    def score_champion(champion: registry.Version) -> float:
-        call.progress(f"scoring the present champion, version {champion.version}, on the same text")
+    def score_champion(champion: versions.Version) -> float:
+        context.progress(f"scoring the present champion, version {champion.version}, on the same text")
         with tempfile.TemporaryDirectory(prefix="gru-champion-") as directory:
-            bundle = registry.fetch_bundle(champion, Path(directory))
+            bundle = fetch_bundle(champion, Path(directory))
         texts = open_dataset(prepared["dataset"]).texts("heldout")
         settings = config.evaluate
-        heldout = evaluation.read(bundle.tokenizer, texts, settings.heldout_bytes)
-        return evaluation.score(bundle.model, heldout, settings.lanes).bits_per_byte
+        heldout = read_heldout(bundle.tokenizer, texts, settings.heldout_bytes)
+        return score(bundle.model, heldout, settings.batch_size).bits_per_byte
 
-    with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
-        call.progress("registering")
-        candidate = registry.register(
+    with tracking.stage_run(config.experiment, stage.key, stage.name, context.parent) as run:
+        context.progress("registering")
+        candidate = versions.register(
             run, config.model_name, trained["bundle"], evaluated["bits_per_byte"], evaluated["text"]
         )
-        promoted, reason = registry.promote(candidate, score_champion)
+        promoted, reason = versions.promote(candidate, score_champion)
         run.set_tags({"version": candidate.version, "promoted": str(promoted).lower(), "reason": reason})
     result = {
         "stage": stage.name,

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 
-def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     tracking_uri = entry.require_tracking()
     if "RAY_ADDRESS" not in os.environ:
         raise UserError("RAY_ADDRESS is not set: an endpoint needs a Ray that stays; `ray job submit` runs this on one")
-    stage = stages.serve(config)
+    stage = stages.serve_stage(config)
     if result := stage.result():
         return result
     from gru import cluster
@@ -23,8 +23,8 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
 
     entry.start_ray()
     resources = config.resources.serve
-    short = cluster.is_short(resources, 1)
-    call.progress(f"waiting: {cluster.shortage('serve', resources)}" if short else "starting")
+    short = cluster.is_too_small(resources, 1)
+    context.progress(f"waiting: {cluster.describe_shortage('serve', resources)}" if short else "starting")
     deployment.deploy(config.serve, resources, config.model_name, tracking_uri)
     deployment.wait_ready(stage.path, stage.version, timeout=120)
     return stage.require()

@@ -41,19 +41,19 @@ class Stage:
         return result
 
 
-class Promotion(Stage):
+class PromotionStage(Stage):
     """A stage whose result stands as long as the registry has the version."""
 
     def result(self) -> Result | None:
-        from gru import registry
+        from gru.registry import versions
 
         result = super().result()
-        there = result and registry.exists(result["model"], result["version"], result["bundle"])
+        there = result and versions.exists(result["model"], result["version"], result["bundle"])
         return result if there else None
 
 
 @dataclass(frozen=True)
-class Service(Stage):
+class EndpointStage(Stage):
     """A stage whose result is a running endpoint; `path` is its address."""
 
     model: str
@@ -76,19 +76,19 @@ def of(name: str, config: PipelineConfig, dataset: str, results: dict[str, Resul
     """The stage of that name, given the directory of the dataset and the results of the stages before it."""
     match name:
         case "prepare":
-            return prepare(config, dataset)
+            return prepare_stage(config, dataset)
         case "train":
-            return train(config, results["prepare"])
+            return train_stage(config, results["prepare"])
         case "evaluate":
-            return evaluate(config, results["prepare"], results["train"])
+            return evaluate_stage(config, results["prepare"], results["train"])
         case "promote":
-            return promote(config, results["train"], results["evaluate"])
+            return promote_stage(config, results["train"], results["evaluate"])
         case "serve":
-            return serve(config)
+            return serve_stage(config)
     raise AssertionError(name)
 
 
-def prepare(config: PipelineConfig, directory: str | None = None) -> Stage:
+def prepare_stage(config: PipelineConfig, directory: str | None = None) -> Stage:
     """The stage of the dataset in `directory`, or else of the sources as they are now."""
     from gru.corpus.prepare import dataset_key
 
@@ -97,32 +97,32 @@ def prepare(config: PipelineConfig, directory: str | None = None) -> Stage:
     return Stage("prepare", directory.rsplit("/", 1)[1], storage.join(directory, "result.json"))
 
 
-def train(config: PipelineConfig, prepared: Result) -> Stage:
+def train_stage(config: PipelineConfig, prepared: Result) -> Stage:
     """How many workers train, and how often they save, is not part of what is made."""
     settings = config.train.model_dump(exclude=set(TrainConfig.PLACEMENT))
     key = content_key("train", prepared["digest"], config.model, settings)
     return Stage("train", key, storage.join(config.storage, "runs", key, "result.json"))
 
 
-def evaluate(config: PipelineConfig, prepared: Result, trained: Result) -> Stage:
+def evaluate_stage(config: PipelineConfig, prepared: Result, trained: Result) -> Stage:
     # 2: what is measured; results from before the last change to it lack something.
     key = content_key("evaluate", 2, trained["key"], prepared["heldout_digest"], config.evaluate)
     return Stage("evaluate", key, storage.join(config.storage, "runs", trained["key"], f"evaluation-{key}.json"))
 
 
-def promote(config: PipelineConfig, trained: Result, evaluated: Result) -> Stage:
+def promote_stage(config: PipelineConfig, trained: Result, evaluated: Result) -> Stage:
     key = content_key("promote", evaluated["key"], config.model_name, config.experiment)
-    return Promotion("promote", key, storage.join(config.storage, "runs", trained["key"], f"promotion-{key}.json"))
+    return PromotionStage("promote", key, storage.join(config.storage, "runs", trained["key"], f"promotion-{key}.json"))
 
 
-def serve(config: PipelineConfig) -> Service:
+def serve_stage(config: PipelineConfig) -> EndpointStage:
     """Raises UserError if the model has no champion."""
-    from gru import registry
+    from gru.registry import versions
 
-    champion = registry.resolve(config.model_name, registry.CHAMPION)
+    champion = versions.resolve(config.model_name, versions.CHAMPION)
     if champion is None:
-        raise UserError(f"model {config.model_name!r} has no @{registry.CHAMPION}: run python -m jobs.promote first")
+        raise UserError(f"model {config.model_name!r} has no @{versions.CHAMPION}: run python -m jobs.promote first")
     settings = content_key(config.serve, config.resources.serve)
     key = content_key("serve", config.model_name, champion.version, settings)
     address = f"http://{config.serve.host}:{config.serve.port}"
-    return Service("serve", key, address, config.model_name, champion.version, settings)
+    return EndpointStage("serve", key, address, config.model_name, champion.version, settings)

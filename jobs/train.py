@@ -3,18 +3,19 @@
 import time
 from typing import Any
 
-from gru import storage, tracking
+from gru import storage
 from gru.config import PipelineConfig
+from gru.registry import tracking
+from gru.registry.bundle import write_bundle
 from jobs import entry, stages
 
 
-def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     tracking_uri = entry.require_tracking()
-    prepared = stages.prepare(config, call.dataset).require()
-    stage = stages.train(config, prepared)
+    prepared = stages.prepare_stage(config, context.dataset).require()
+    stage = stages.train_stage(config, prepared)
     if result := stage.result():
         return result
-    from gru import registry
     from gru.corpus.dataset import open_dataset
     from gru.training.trainer import train
 
@@ -22,13 +23,15 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
     started = time.monotonic()
     dataset = open_dataset(prepared["dataset"])
     bundle = storage.join(stage.directory, "bundle")
-    with tracking.stage_run(config.experiment, stage.key, stage.name, call.parent) as run:
+    with tracking.stage_run(config.experiment, stage.key, stage.name, context.parent) as run:
         given = config.resources.train
         settings = {"model": config.model, "train": config.train, "resources.train": given}
         run.log_params({name: section.model_dump() for name, section in settings.items()})
         counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
         run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
-        last = train(config.model, config.train, given, dataset, stage.directory, tracking_uri, run.id, call.progress)
+        last = train(
+            config.model, config.train, given, dataset, stage.directory, tracking_uri, run.id, context.progress
+        )
         run.log_points(last.state["points"])
         run.log_loss_curve()
         lineage = {
@@ -40,7 +43,7 @@ def run(config: PipelineConfig, call: entry.Call) -> dict[str, Any]:
             "sources": config.corpus.sources,
             "versions": last.state["versions"],
         }
-        registry.write_bundle(bundle, config.model, last.tensors["ema"], dataset.tokenizer(), lineage)
+        write_bundle(bundle, config.model, last.tensors["ema"], dataset.tokenizer(), lineage)
         result = {
             "stage": stage.name,
             "key": stage.key,

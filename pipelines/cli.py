@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 from gru import storage
 from gru.config import PipelineConfig, ServeConfig
 from gru.errors import UserError, find_user_error
-from gru.network import is_here, require_free
+from gru.network import is_local_address, require_bindable
 from jobs import entry
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipelines.embedded import Services
     from pipelines.ray_jobs import RayJobs
-    from pipelines.stack import Stack
 
 
 KEY_VARIABLE = "GRU_API_KEY"
@@ -46,8 +46,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
+        from pipelines.embedded import ServiceFailed
         from pipelines.ray_jobs import JobFailed
-        from pipelines.stack import ServiceFailed
 
         mistake = find_user_error(error)
         if mistake is None and not isinstance(error, JobFailed | ServiceFailed):
@@ -170,14 +170,14 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
     """With a Ray and an MLflow, those that are set or embedded ones, which end with the last one who uses them."""
     from rich.console import Console
 
-    from pipelines import stack
+    from pipelines import embedded
 
     storage.check_writable(config.storage)
-    if serves and not stack.address(config.storage, "ray"):
+    if serves and not embedded.address(config.storage, "ray"):
         _check_address(config.serve)
     console = Console(stderr=True)
     with console.status("") as status:
-        running = stack.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
+        running = embedded.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
     with _stopped_afterwards(running, config.serve if serves else None, console):
         os.environ.update(running.environment)
         from pipelines import database
@@ -193,10 +193,10 @@ def _at_work(arguments: argparse.Namespace, config: PipelineConfig, serves: bool
 def _check_address(serve: ServeConfig) -> None:
     """Raises UserError where nothing could be served, or not be seen from here."""
     if "RAY_ADDRESS" not in os.environ:
-        require_free(serve.host, serve.port, "--set serve.port=PORT")
+        require_bindable(serve.host, serve.port, "--set serve.port=PORT")
         return
     ray_host = urllib.parse.urlsplit(os.environ["RAY_ADDRESS"]).hostname
-    if ray_host and not is_here(ray_host) and serve.host in ("127.0.0.1", "localhost", "0.0.0.0", "::"):
+    if ray_host and not is_local_address(ray_host) and serve.host in ("127.0.0.1", "localhost", "0.0.0.0", "::"):
         raise UserError(
             f"serve.host = {serve.host!r} is not where {ray_host} (RAY_ADDRESS) is reached from here: set it to an "
             "address of the head, such as its name, and serve.keys to a file of keys on the machines that serve"
@@ -205,13 +205,13 @@ def _check_address(serve: ServeConfig) -> None:
 
 def _execute(config: PipelineConfig, work: Work) -> dict[str, Any]:
     """The workflow of the config, shown; its result."""
-    from pipelines import train_generator
+    from pipelines import workflow
     from pipelines.display import Display
 
-    with Display(work.console, train_generator.STAGES) as display:
-        surroundings = train_generator.Surroundings(work.jobs, work.logs, display.watch)
-        result = train_generator.execute(config, surroundings, work.database)
-    from gru import tracking
+    with Display(work.console, workflow.STAGES) as display:
+        context = workflow.WorkflowContext(work.jobs, work.logs, display.watch)
+        result = workflow.execute(config, context, work.database)
+    from gru.registry import tracking
 
     result["tracking"] = tracking.find_run(result["tracking"]).url
     return result
@@ -248,8 +248,8 @@ def _schedule(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from gru import tracking
-    from pipelines import sweep, train_generator
+    from gru.registry import tracking
+    from pipelines import sweep, workflow
     from pipelines.display import Display
 
     config = entry.load_config(arguments.config, arguments.set)
@@ -257,8 +257,8 @@ def _sweep(arguments: argparse.Namespace) -> None:
     with _at_work(arguments, config, serves=False) as work:
         rows = tuple(f"{sweep.label(changes)} {stage}" for changes in trials for stage in sweep.STAGES)
         with Display(work.console, rows) as display:
-            surroundings = train_generator.Surroundings(work.jobs, work.logs, display.watch)
-            result = sweep.execute(config, trials, arguments.at_once, surroundings, work.database)
+            context = workflow.WorkflowContext(work.jobs, work.logs, display.watch)
+            result = sweep.execute(config, trials, arguments.at_once, context, work.database)
         result["tracking"] = tracking.find_run(result["tracking"]).url
         [best] = [changes for changes in trials if sweep.label(changes) == result["best"]]
         work.console.print(_ranking(arguments.config, result, best), highlight=False, soft_wrap=True, markup=False)
@@ -306,7 +306,7 @@ try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: applicatio
 
 
 @contextlib.contextmanager
-def _stopped_afterwards(running: "Stack", serve: ServeConfig | None, console: "Console") -> Iterator[None]:
+def _stopped_afterwards(running: "Services", serve: ServeConfig | None, console: "Console") -> Iterator[None]:
     try:
         yield
     finally:
@@ -338,9 +338,9 @@ def _answers_in_the_making(ready: str) -> int:
 
 
 def _down(arguments: argparse.Namespace) -> None:
-    from pipelines import stack
+    from pipelines import embedded
 
-    stopped = stack.down(storage.place(arguments.storage, Path.cwd()))
+    stopped = embedded.down(storage.normalize(arguments.storage, Path.cwd()))
     print(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running", file=sys.stderr)
 
 
@@ -379,7 +379,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _key(arguments: argparse.Namespace) -> None:
-    from gru.serving.access import new_key
+    from gru.serving.auth import new_key
 
     key, line = new_key(arguments.owner)
     print("the key, which is shown this once, and its line for the file that serve.keys names:", file=sys.stderr)
@@ -389,10 +389,10 @@ def _key(arguments: argparse.Namespace) -> None:
 def _find_tracking(store: str) -> None:
     """Have MLflow's client use the server that is set, or the one that was started for this storage. Raises UserError
     if it does not answer."""
-    from gru import tracking
-    from pipelines import stack
+    from gru.registry import tracking
+    from pipelines import embedded
 
-    url = os.environ.get("MLFLOW_TRACKING_URI") or stack.address(store, "mlflow")
+    url = os.environ.get("MLFLOW_TRACKING_URI") or embedded.address(store, "mlflow")
     if url is None:
         raise UserError("no MLflow server is up: set MLFLOW_TRACKING_URI, or start the embedded one with `gru run`")
     tracking.connect_impatiently(url)
@@ -405,7 +405,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
     from pipelines import database, status
 
-    store = storage.place(arguments.storage, Path.cwd())
+    store = storage.normalize(arguments.storage, Path.cwd())
     found = status.workflows(store, database.address(store), _jobs_of(store), _logs(store))
     if arguments.json:
         print(json.dumps(status.as_json(found), ensure_ascii=False))
@@ -414,11 +414,11 @@ def _status(arguments: argparse.Namespace) -> None:
 
 
 def _cancel(arguments: argparse.Namespace) -> None:
-    from pipelines import database, train_generator
+    from pipelines import database, workflow
 
     config = entry.load_config(arguments.config, arguments.set)
     _find_tracking(config.storage)
-    cancelled = train_generator.cancel(config, _jobs_of(config.storage), database.address(config.storage))
+    cancelled = workflow.cancel(config, _jobs_of(config.storage), database.address(config.storage))
     if not cancelled:
         raise UserError("no workflow of this config is under way")
     print(f"cancelled {', '.join(cancelled)}", file=sys.stderr)
@@ -426,10 +426,10 @@ def _cancel(arguments: argparse.Namespace) -> None:
 
 def _jobs_of(store: str) -> "RayJobs | None":
     """The Ray that is set, or the one that was started for this storage; None if neither is up."""
-    from pipelines import stack
+    from pipelines import embedded
     from pipelines.ray_jobs import RayJobs
 
-    if (found := stack.find_ray(store)) is None:
+    if (found := embedded.find_ray(store)) is None:
         return None
     address, environment = found
     os.environ.update(environment)
@@ -448,10 +448,10 @@ def _logs(store: str) -> Path:
 def _lineage(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    _find_tracking(storage.place(arguments.storage, Path.cwd()))
-    from gru import lineage, registry
+    _find_tracking(storage.normalize(arguments.storage, Path.cwd()))
+    from gru.registry import lineage, versions
 
-    version = registry.find(arguments.model)
+    version = versions.find(arguments.model)
     with Console(stderr=True).status("") as status:
         links = lineage.trace(version, arguments.verify, status.update)
     if arguments.json:
@@ -465,10 +465,10 @@ def _lineage(arguments: argparse.Namespace) -> None:
 def _rollback(arguments: argparse.Namespace) -> None:
     config = entry.load_config(arguments.config, arguments.set)
     _find_tracking(config.storage)
-    from gru import registry
+    from gru.registry import versions
 
-    version = registry.rollback(config.model_name)
-    print(f"{version.name}@{registry.CHAMPION} is version {version.version} again", file=sys.stderr)
+    version = versions.rollback(config.model_name)
+    print(f"{version.name}@{versions.CHAMPION} is version {version.version} again", file=sys.stderr)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import sweep, train_generator
+from pipelines import sweep, workflow
 from pipelines.database import open_client
 from pipelines.display import COLOURS, elapsed
 from pipelines.ray_jobs import Attempt, RayJobs
@@ -20,7 +20,7 @@ from pipelines.ray_jobs import Attempt, RayJobs
 STATES = {"SUCCESS": "done", "ERROR": "failed", "CANCELLED": "cancelled"}
 NEWEST = 10
 LOOKED_AT = 200  # those of several storages may share a database
-STAGES = {train_generator.train_generator.__qualname__: train_generator.STAGES, sweep.trial.__qualname__: sweep.STAGES}
+STAGES = {workflow.run_pipeline.__qualname__: workflow.STAGES, sweep.trial.__qualname__: sweep.STAGES}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _arguments(status: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Path) -> WorkflowStatus:
-    parent = train_generator.parent_of(client, status.workflow_id)
+    parent = workflow.parent_of(client, status.workflow_id)
     mine = [each for each in attempts if each.parent == parent]
     is_running = any(each.is_running for each in mine)
     state = STATES.get(status.status, "running" if is_running else "unfinished")
@@ -82,32 +82,32 @@ def _stages(
     names: Sequence[str], steps: list[Any], mine: list[Attempt], attempts: list[Attempt], logs: Path
 ) -> Iterator[StageStatus]:
     """Those that have ended, and the one that is running. mine: the attempts that were made for this workflow."""
-    done = [step for step in steps if step["function_name"] == train_generator.run_stage.__qualname__]
+    done = [step for step in steps if step["function_name"] == workflow.run_stage.__qualname__]
     for name, step in zip(names, done, strict=False):
         seconds = (step["completed_at_epoch_ms"] - step["started_at_epoch_ms"]) / 1000
         made = [each.key for each in mine if each.stage == name]
         key = (step["output"] or {}).get("key", made[-1] if made else None)
-        log = train_generator.log_file(logs, name, key) if key else None
+        log = workflow.log_file(logs, name, key) if key else None
         tries = max((each.number for each in attempts if (each.stage, each.key) == (name, key)), default=None)
         shown = str(log) if log and log.exists() else None
         problem = (str(step["error"]).splitlines() or [repr(step["error"])])[0] if step["error"] else None
         yield StageStatus(name, "failed" if step["error"] else "done", seconds, tries, shown, problem)
     for each in [each for each in mine if each.is_running][-1:]:
         seconds = time.time() - (each.details.start_time or 0) / 1000
-        log = train_generator.log_file(logs, each.stage, each.key)
+        log = workflow.log_file(logs, each.stage, each.key)
         yield StageStatus(each.stage, "running", seconds, each.number, str(log))
 
 
 def table(found: list[WorkflowStatus]) -> Group:
     """For people."""
     parts: list[Any] = []
-    for workflow in found:
-        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(workflow.began))
-        head = Text(f"{workflow.id}  ")
-        head.append(workflow.state, style=COLOURS[workflow.state])
-        head.append(f"  began {began}, {elapsed(workflow.seconds)}  {workflow.label}")
+    for each in found:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.began))
+        head = Text(f"{each.id}  ")
+        head.append(each.state, style=COLOURS[each.state])
+        head.append(f"  began {began}, {elapsed(each.seconds)}  {each.label}")
         rows = Table(box=None, pad_edge=True, show_header=False)
-        for stage in workflow.stages:
+        for stage in each.stages:
             rows.add_row(
                 f"  {stage.name}",
                 Text(stage.state, style=COLOURS[stage.state]),
@@ -115,10 +115,10 @@ def table(found: list[WorkflowStatus]) -> Group:
                 f"attempt {stage.attempts}" if (stage.attempts or 0) > 1 else "",
                 Path(stage.log).name if stage.log else "",
             )
-        problems = [Text(f"  {stage.problem}", style=COLOURS["failed"]) for stage in workflow.stages if stage.problem]
+        problems = [Text(f"  {stage.problem}", style=COLOURS["failed"]) for stage in each.stages if stage.problem]
         parts += [head, rows, *problems]
     return Group(*parts)
 
 
 def as_json(found: list[WorkflowStatus]) -> list[dict[str, Any]]:
-    return [asdict(workflow) for workflow in found]
+    return [asdict(each) for each in found]

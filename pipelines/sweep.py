@@ -15,9 +15,9 @@ from gru import config as configuration
 from gru.config import PipelineConfig, content_key
 from gru.errors import UserError
 from jobs.stages import Result
-from pipelines import train_generator
+from pipelines import workflow
 from pipelines.ray_jobs import JobFailed
-from pipelines.train_generator import STEPS_VERSION, Surroundings
+from pipelines.workflow import STEPS_VERSION, WorkflowContext
 
 STAGES = ("prepare", "train", "evaluate")
 
@@ -67,20 +67,20 @@ def execute(
     config: PipelineConfig,
     trials: dict[Changes, PipelineConfig],
     at_once: int,
-    surroundings: Surroundings,
+    context: WorkflowContext,
     database: str,
 ) -> Result:
     """Run the trials to their end, or join those that are under way; what came of each by its label, and the best."""
     variants = {label(changes): trial.model_dump_json() for changes, trial in trials.items()}
     prefix = f"{config.name}-sweep-{content_key(STEPS_VERSION, config, variants)}"
-    with train_generator.launched(prefix, surroundings, database) as join_or_start:
+    with workflow.launched(prefix, context, database) as join_or_start:
         DBOS.register_queue(prefix, concurrency=at_once, on_conflict="always_update")
         return join_or_start(sweep, config.model_dump_json(), variants, prefix).get_result()
 
 
 @DBOS.workflow()
 def sweep(config_json: str, variants: dict[str, str], key: str) -> Result:
-    parent = train_generator.open_parent(config_json, key, f"sweep of {len(variants)}", None)
+    parent = workflow.open_parent(config_json, key, f"sweep of {len(variants)}", None)
     handles = {name: DBOS.enqueue_workflow(key, trial, name, each, parent) for name, each in variants.items()}
     trials: dict[str, Result] = {}
     for name, handle in handles.items():
@@ -90,16 +90,16 @@ def sweep(config_json: str, variants: dict[str, str], key: str) -> Result:
             trials[name] = {"error": str(failure)}
     scored = {name: result for name, result in trials.items() if "error" not in result}
     if not scored:
-        train_generator.close_parent(parent, "FAILED", {})
+        workflow.close_parent(parent, "FAILED", {})
         name, result = next(iter(trials.items()))
         raise JobFailed(f"no trial came to its end; {name}: {result['error']}")
     best = min(scored, key=lambda name: scored[name]["bits_per_byte"])
-    train_generator.close_parent(parent, "FINISHED", scored[best])
+    workflow.close_parent(parent, "FINISHED", scored[best])
     return {"best": best, "bits_per_byte": scored[best]["bits_per_byte"], "trials": trials, "tracking": parent}
 
 
 @DBOS.workflow()
 def trial(name: str, config_json: str, parent: str) -> dict[str, float]:
-    run = train_generator.open_parent(config_json, content_key(parent, name), name, parent)
-    _, results = train_generator.run_stages(STAGES, config_json, run, name)
-    return train_generator.measures(results)
+    run = workflow.open_parent(config_json, content_key(parent, name), name, parent)
+    _, results = workflow.run_stages(STAGES, config_json, run, name)
+    return workflow.measures(results)

@@ -5,7 +5,7 @@ the stream that is trained on. This module does not know how a dataset is made, 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -32,11 +32,11 @@ Split = Literal["train", "heldout"]
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
 
-class Record(BaseModel):
+class ManifestRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Counts(Record):
+class Counts(ManifestRecord):
     documents: int = 0
     bytes: int = 0  # of text, as UTF-8
     characters: int = 0
@@ -49,13 +49,13 @@ class Counts(Record):
         return Counts(**{name: getattr(self, name) - getattr(other, name) for name in Counts.model_fields})
 
 
-class Source(Record):
+class Source(ManifestRecord):
     name: str
     size: int
     digest: str  # SHA-256 of the file; of the SHA-256s of its spans if it was cut
 
 
-class Shard(Record):
+class Shard(ManifestRecord):
     name: str
     split: Split
     counts: Counts
@@ -65,7 +65,7 @@ class Shard(Record):
     segments: list[int]  # tokens in each row group
 
 
-class Manifest(Record):
+class Manifest(ManifestRecord):
     format_version: int
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
@@ -214,3 +214,13 @@ def load_tokenizer(directory: str, digest: str) -> Tokenizer:
     if tokenizer.digest != digest:
         raise UserError(f"{path}: damaged: not what {MANIFEST} says")
     return tokenizer
+
+
+def first_texts(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """Whole texts, in order, until there are `most_bytes`."""
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text.encode())
+        if size >= most_bytes:
+            return

@@ -32,7 +32,7 @@ from gru.corpus.dataset import (
     open_dataset,
 )
 from gru.corpus.documents import Report, document_hash, documents, is_heldout, parse_template
-from gru.corpus.shards import PARTS, Part, PartSource, Recipe
+from gru.corpus.shards import PARTS, PartitionResult, ShardContext, SpanSource
 from gru.corpus.sources import Partition
 from gru.corpus.tokenizer import Tokenizer
 from gru.errors import UserError, find_user_error
@@ -68,7 +68,7 @@ def prepare(
     if storage.exists(manifest_file):
         return _tidied(open_dataset(directory))
     try:
-        with storage.room(directory):
+        with storage.full_disk_is_user_error(directory):
             manifest = _make(corpus, tokenizer, directory, progress, resources)
             storage.write_json(manifest_file, manifest.model_dump(mode="json"))
     except Exception as error:
@@ -95,19 +95,21 @@ def _make(
     parse_template(corpus.template)
     files = sources.list_files(corpus)
     key = dataset_key(corpus, config, files)
-    if cluster.is_short(resources, 1):
-        progress(f"waiting: {cluster.shortage('prepare', resources)}")
+    if cluster.is_too_small(resources, 1):
+        progress(f"waiting: {cluster.describe_shortage('prepare', resources)}")
     in_parallel = partial(_in_parallel, resources)
     partitions = sources.plan(files, corpus, partial(_map, in_parallel))
     progress(sources.describe(partitions))
     tokenizer = _make_tokenizer(corpus, config, partitions, directory, key, progress, in_parallel)
-    recipe = Recipe(directory, corpus, tokenizer.digest)
-    recipe = replace(recipe, parallel=len(partitions) * resources.cpus < cluster.room(resources.labels)["CPU"])
+    context = ShardContext(directory, corpus, tokenizer.digest)
+    context = replace(
+        context, parallel=len(partitions) * resources.cpus < cluster.total_resources(resources.labels)["CPU"]
+    )
     key = content_key(key, tokenizer.digest)
-    drafts = _drafts(recipe, key, partitions, progress, in_parallel)
-    equal, similar = _repeated(recipe, drafts, progress)
+    drafts = _drafts(context, key, partitions, progress, in_parallel)
+    equal, similar = _repeated(context, drafts, progress)
     parts = _finish(
-        recipe, key, drafts, {i: _either(equal, similar, i) for i in {*equal, *similar}}, progress, in_parallel
+        context, key, drafts, {i: _either(equal, similar, i) for i in {*equal, *similar}}, progress, in_parallel
     )
     dropped = sum((Counter(part.dropped) for part in parts), Counter[str]())
     for reason, masks in (("duplicate", equal), ("near_duplicate", similar)):
@@ -119,16 +121,16 @@ def recorded_sources(corpus: CorpusConfig) -> list[Source]:
     """What the manifest of a dataset would say of its sources as they are now, all of which are read for that.
 
     Raises UserError as `documents` does."""
-    read: list[PartSource] = []
+    read: list[SpanSource] = []
     for partition in sources.plan(sources.list_files(corpus), corpus):
         for span in partition:
             report = Report()
             deque(documents(span, corpus, report), maxlen=0)
-            read.append(PartSource(span.file.path, span.file.name, span.file.size, report.digests[0]))
+            read.append(SpanSource(span.file.path, span.file.name, span.file.size, report.digests[0]))
     return _by_file(read)
 
 
-def _by_file(spans: Iterable[PartSource]) -> list[Source]:
+def _by_file(spans: Iterable[SpanSource]) -> list[Source]:
     digests: dict[tuple[str, str, int], list[str]] = {}
     for path, name, size, digest in spans:
         digests.setdefault((path, name, size), []).append(digest)
@@ -139,7 +141,11 @@ def _by_file(spans: Iterable[PartSource]) -> list[Source]:
 
 
 def _manifest(
-    parts: list[Part], dropped: Counter[str], corpus: CorpusConfig, config: TokenizerConfig, tokenizer: Tokenizer
+    parts: list[PartitionResult],
+    dropped: Counter[str],
+    corpus: CorpusConfig,
+    config: TokenizerConfig,
+    tokenizer: Tokenizer,
 ) -> Manifest:
     made = [shard for part in parts for shard in part.shards]
     train, heldout = (
@@ -203,7 +209,7 @@ def _make_tokenizer(
 
 def _train(task: tuple[CorpusConfig, TokenizerConfig, list[Partition]]) -> bytes:
     corpus, config, partitions = task
-    return tokenizers.train(config, _sample(corpus, config.sample_bytes, partitions)).json
+    return tokenizers.train_tokenizer(config, _sample(corpus, config.sample_bytes, partitions)).json
 
 
 def _sample(corpus: CorpusConfig, sample_bytes: int, partitions: list[Partition]) -> Iterator[str]:
@@ -235,15 +241,15 @@ def _sample(corpus: CorpusConfig, sample_bytes: int, partitions: list[Partition]
 
 
 def _drafts(
-    recipe: Recipe, key: str, partitions: list[Partition], progress: Progress, in_parallel: InParallel
-) -> list[Part]:
+    context: ShardContext, key: str, partitions: list[Partition], progress: Progress, in_parallel: InParallel
+) -> list[PartitionResult]:
     """What comes of each partition. One that fails does not keep the others from being finished."""
-    parts = _finished(recipe, key, "draft")
+    parts = _finished(context, key, "draft")
     earlier = sum((part.counts for part in parts.values()), Counts())
     begun, made = time.monotonic(), Counts()
     failed: dict[int, UserError] = {}
     left = [(index, partition) for index, partition in enumerate(partitions) if index not in parts]
-    task = partial(_draft, recipe=recipe, key=key)
+    task = partial(_draft, context=context, key=key)
     for (index, _), part in in_parallel(task, left, failed):
         parts[index] = part
         made += part.counts
@@ -258,26 +264,26 @@ def _drafts(
     return [parts[index] for index in range(len(partitions))]
 
 
-def _draft(item: tuple[int, Partition], recipe: Recipe, key: str) -> Part:
+def _draft(item: tuple[int, Partition], context: ShardContext, key: str) -> PartitionResult:
     index, partition = item
-    part = shards.draft(recipe, index, partition)
-    _save(recipe, key, "draft", index, part)
+    part = shards.draft(context, index, partition)
+    _save(context, key, "draft", index, part)
     return part
 
 
 def _repeated(
-    recipe: Recipe, drafts: list[Part], progress: Progress
+    context: ShardContext, drafts: list[PartitionResult], progress: Progress
 ) -> tuple[dict[int, duplicates.Array], dict[int, duplicates.Array]]:
     """Masks of the documents that equal, or are similar to, an earlier one, by partition."""
-    if recipe.corpus.deduplicate == "none":
+    if context.corpus.deduplicate == "none":
         return {}, {}
     counts = [part.documents for part in drafts]
     progress(f"looking for duplicates among {sum(counts):,} documents")
-    equal = duplicates.find_equal(counts, lambda index: shards.read_fingerprints(recipe, index).hashes)
-    if recipe.corpus.deduplicate == "exact":
+    equal = duplicates.find_equal(counts, lambda index: shards.read_fingerprints(context, index).hashes)
+    if context.corpus.deduplicate == "exact":
         return equal, {}
     return equal, duplicates.find_similar(
-        counts, lambda index: shards.read_fingerprints(recipe, index).signatures, equal, recipe.corpus.near_similarity
+        counts, lambda index: shards.read_fingerprints(context, index).signatures, equal, context.corpus.near_similarity
     )
 
 
@@ -287,45 +293,45 @@ def _either(first: dict[int, duplicates.Array], second: dict[int, duplicates.Arr
 
 
 def _finish(
-    recipe: Recipe,
+    context: ShardContext,
     key: str,
-    drafts: list[Part],
+    drafts: list[PartitionResult],
     repeated: dict[int, duplicates.Array],
     progress: Progress,
     in_parallel: InParallel,
-) -> list[Part]:
+) -> list[PartitionResult]:
     """Put the shards in their place: the drafts themselves, or what is left of them without the repeated documents."""
-    parts = _finished(recipe, key, "final")
+    parts = _finished(context, key, "final")
     left = [(index, drafts[index], repeated[index]) for index in sorted(repeated) if index not in parts]
-    for (index, *_), part in in_parallel(partial(_without, recipe=recipe, key=key), left):
+    for (index, *_), part in in_parallel(partial(_without, context=context, key=key), left):
         parts[index] = part
         progress(f"{len(parts)}/{len(repeated)} partitions without their duplicates")
     for index, part in enumerate(drafts):
         for shard in part.shards if index not in repeated else ():
-            storage.move(recipe.part_file(shard.name), storage.join(recipe.directory, shard.name))
+            storage.move(context.part_file(shard.name), storage.join(context.directory, shard.name))
     return [parts.get(index, part) for index, part in enumerate(drafts)]
 
 
-def _without(item: tuple[int, Part, duplicates.Array], recipe: Recipe, key: str) -> Part:
+def _without(item: tuple[int, PartitionResult, duplicates.Array], context: ShardContext, key: str) -> PartitionResult:
     index, draft, repeated = item
-    part = shards.without(recipe, index, draft, repeated)
-    _save(recipe, key, "final", index, part)
+    part = shards.rewrite_without(context, index, draft, repeated)
+    _save(context, key, "final", index, part)
     return part
 
 
-def _save(recipe: Recipe, key: str, step: str, index: int, part: Part) -> None:
+def _save(context: ShardContext, key: str, step: str, index: int, part: PartitionResult) -> None:
     record = {"key": key, "part": part.model_dump(mode="json")}
-    storage.write_json(recipe.part_file(f"{step}-{index:05d}.json"), record)
+    storage.write_json(context.part_file(f"{step}-{index:05d}.json"), record)
 
 
-def _finished(recipe: Recipe, key: str, step: str) -> dict[int, Part]:
+def _finished(context: ShardContext, key: str, step: str) -> dict[int, PartitionResult]:
     """What earlier tries of the same dataset have saved."""
     parts = {}
-    for name in storage.names(storage.join(recipe.directory, PARTS)):
+    for name in storage.names(storage.join(context.directory, PARTS)):
         if name.startswith(f"{step}-") and name.endswith(".json"):
-            record = storage.read_json(recipe.part_file(name))
+            record = storage.read_json(context.part_file(name))
             if record["key"] == key:
-                parts[int(name.removeprefix(f"{step}-")[:-5])] = Part.model_validate(record["part"])
+                parts[int(name.removeprefix(f"{step}-")[:-5])] = PartitionResult.model_validate(record["part"])
     return parts
 
 
@@ -384,7 +390,7 @@ def _in_parallel(
 def _task(row: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
     """Items and results are objects of ours, which pass from process to process in Ray's memory, never by a file."""
     try:
-        with storage.room("shards"):
+        with storage.full_disk_is_user_error("shards"):
             result = function(pickle.loads(row["item"]))
     except UserError as error:  # a value, since Ray would log and retry what is raised
         result = error

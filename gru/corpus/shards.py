@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from gru import storage
 from gru.config import CorpusConfig
-from gru.corpus.dataset import Counts, Record, Shard, Split, Tokens, decode, load_tokenizer
+from gru.corpus.dataset import Counts, ManifestRecord, Shard, Split, Tokens, decode, load_tokenizer
 from gru.corpus.documents import Report, documents, text_digest
 from gru.corpus.duplicates import Fingerprints, signature
 from gru.corpus.sources import Partition, Span
@@ -35,18 +35,18 @@ _SPLITS: tuple[Split, Split] = ("train", "heldout")
 _kept_tokenizer = lru_cache(maxsize=1)(load_tokenizer)  # between the tasks of one worker process
 
 
-class PartSource(NamedTuple):
+class SpanSource(NamedTuple):
     path: str
     name: str
     size: int
     digest: str
 
 
-class Part(Record):
+class PartitionResult(ManifestRecord):
     """What came of a partition."""
 
     shards: list[Shard]
-    sources: list[PartSource]
+    sources: list[SpanSource]
     documents: int
     dropped: dict[str, int]
     replaced: int
@@ -59,7 +59,7 @@ class Part(Record):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ShardContext:
     """What all the partitions of a dataset have in common."""
 
     directory: str
@@ -105,11 +105,11 @@ def shard_name(split: Split, index: int) -> str:
 # The draft
 
 
-def draft(recipe: Recipe, index: int, partition: Partition) -> Part:
+def draft(context: ShardContext, index: int, partition: Partition) -> PartitionResult:
     """Write the partition's draft shards and fingerprints. Raises UserError as `documents` does."""
-    corpus, tokenizer = recipe.corpus, recipe.tokenizer()
+    corpus, tokenizer = context.corpus, context.tokenizer()
     writers = {
-        split: _ShardWriter(recipe.part_file(shard_name(split, index)), tokenizer, corpus.segment_tokens)
+        split: _ShardWriter(context.part_file(shard_name(split, index)), tokenizer, corpus.segment_tokens)
         for split in _SPLITS
     }
     sizes = {split: np.zeros(2, dtype=np.int64) for split in _SPLITS}  # bytes and characters
@@ -121,7 +121,7 @@ def draft(recipe: Recipe, index: int, partition: Partition) -> Part:
             names, mask = texts.names(), texts.heldout(corpus)
             heldout_sum += sum(int.from_bytes(texts.digests[i], "big") for i in np.flatnonzero(mask))
             lengths = np.array([[len(data) for data in texts.encoded], [len(text) for text in texts.texts]])
-            ids, ends = tokenizer.encode_batch(texts.texts, recipe.parallel)
+            ids, ends = tokenizer.encode_batch(texts.texts, context.parallel)
             for i in range(-seen % _CHECK_EVERY, len(names), _CHECK_EVERY):
                 _check(tokenizer, texts.spans[i].file.name, texts.encoded[i], ids[ends[i - 1] if i else 0 : ends[i]])
             seen += len(names)
@@ -139,11 +139,11 @@ def draft(recipe: Recipe, index: int, partition: Partition) -> Part:
             writer.abandon()
     if fingerprints:
         together = Fingerprints(*(np.concatenate(arrays) for arrays in zip(*fingerprints, strict=True)))
-        _write_fingerprints(recipe.part_file(_fingerprints_file(index)), together)
+        _write_fingerprints(context.part_file(_fingerprints_file(index)), together)
     files = zip(partition, report.digests, strict=True)
-    return Part(
+    return PartitionResult(
         shards=shards,
-        sources=[PartSource(span.file.path, span.file.name, span.file.size, digest) for span, digest in files],
+        sources=[SpanSource(span.file.path, span.file.name, span.file.size, digest) for span, digest in files],
         documents=seen,
         dropped=dict(report.dropped),
         replaced=report.replaced,
@@ -238,26 +238,26 @@ def _write_fingerprints(path: str, fingerprints: Fingerprints) -> None:
     storage.write_bytes(path, buffer.getvalue())
 
 
-def read_fingerprints(recipe: Recipe, index: int) -> Fingerprints:
-    with np.load(io.BytesIO(storage.read_bytes(recipe.part_file(_fingerprints_file(index))))) as arrays:
+def read_fingerprints(context: ShardContext, index: int) -> Fingerprints:
+    with np.load(io.BytesIO(storage.read_bytes(context.part_file(_fingerprints_file(index))))) as arrays:
         return Fingerprints(**arrays)
 
 
 # What is left of it
 
 
-def without(recipe: Recipe, index: int, part: Part, repeated: Tokens) -> Part:
+def rewrite_without(context: ShardContext, index: int, part: PartitionResult, repeated: Tokens) -> PartitionResult:
     """Write the shards of a draft without the documents of the mask [documents], which is in source order."""
-    tokenizer = recipe.tokenizer()
-    heldout = read_fingerprints(recipe, index).heldout
+    tokenizer = context.tokenizer()
+    heldout = read_fingerprints(context, index).heldout
     heldout_sum = int(part.heldout, 16)
     shards = []
     for shard in part.shards:
         goes = repeated[heldout == (shard.split == "heldout")]
         counts, first = shard.counts, 0
-        writer = _ShardWriter(storage.join(recipe.directory, shard.name), tokenizer, recipe.corpus.segment_tokens)
+        writer = _ShardWriter(storage.join(context.directory, shard.name), tokenizer, context.corpus.segment_tokens)
         try:
-            for batch in _stored(recipe.part_file(shard.name), tokenizer.end_of_text):
+            for batch in _stored(context.part_file(shard.name), tokenizer.end_of_text):
                 mask = goes[first : first + len(batch.ends)]
                 first += len(mask)
                 for i in np.flatnonzero(mask).tolist():

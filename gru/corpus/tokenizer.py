@@ -222,7 +222,7 @@ def _with_end_of_text(json_bytes: bytes) -> bytes:
         return json_bytes  # no tokenizer.json at all, which will be said
 
 
-def train(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     """Make a tokenizer from a sample of text. The order of the texts makes no difference to it."""
     if config.kind == "bpe":
         return _train_bpe(config.vocab_size, texts)

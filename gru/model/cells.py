@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru.config import Cell
-from gru.model.recurrence import GRU
+from gru.model.gru_layer import GRU
 
 FORGET_GATE_BIAS = 1.0  # states are kept by default (Jozefowicz et al. 2015), as UPDATE_GATE_BIAS does for the GRU
 SCANNED = 64  # time steps in one scan of minGRU: A grows with each, and takes the digits of what is added to it
@@ -32,9 +32,9 @@ class LSTM(nn.Module):
     one there. On those for which oneDNN has none in bf16 (without AVX-512), products are fp32.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, products: torch.dtype = torch.float32) -> None:
+    def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.products = products
+        self.matmul_dtype = matmul_dtype
         self.lstm = nn.LSTM(input_size, hidden_size)
         initialise(self.lstm, gates=4)
         with torch.no_grad():
@@ -44,8 +44,8 @@ class LSTM(nn.Module):
         """The hidden state after each time step [T, B, H]; h and c after the last one [B, 2 H]."""
         h_BH, c_BH = state_BS.chunk(2, dim=1)
         state = (h_BH.contiguous().unsqueeze(0), c_BH.contiguous().unsqueeze(0))
-        rounded = self.products != x_TBE.dtype and has_lstm_in_bf16(x_TBE.device)
-        with torch.autocast(x_TBE.device.type, self.products, enabled=rounded):
+        rounded = self.matmul_dtype != x_TBE.dtype and has_lstm_in_bf16(x_TBE.device)
+        with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=rounded):
             out_TBH, (h_1BH, c_1BH) = self.lstm(x_TBE, state)
         return out_TBH.to(x_TBE.dtype), torch.cat([h_1BH[0], c_1BH[0]], dim=1).to(x_TBE.dtype)
 
@@ -53,15 +53,15 @@ class LSTM(nn.Module):
 class RNN(nn.Module):
     """torch.nn.RNN (tanh) with a Xavier-uniform input projection and an orthogonal recurrent matrix; bf16 as LSTM."""
 
-    def __init__(self, input_size: int, hidden_size: int, products: torch.dtype = torch.float32) -> None:
+    def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.products = products
+        self.matmul_dtype = matmul_dtype
         self.rnn = nn.RNN(input_size, hidden_size)
         initialise(self.rnn, gates=1)
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden state after each time step [T, B, H], and after the last one [B, H]."""
-        with torch.autocast(x_TBE.device.type, self.products, enabled=self.products != x_TBE.dtype):
+        with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=self.matmul_dtype != x_TBE.dtype):
             out_TBH, h_1BH = self.rnn(x_TBE, h_BH.unsqueeze(0))
         return out_TBH.to(x_TBE.dtype), h_1BH[0].to(x_TBE.dtype)
 
@@ -74,9 +74,9 @@ class MinGRU(nn.Module):
     default.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, products: torch.dtype = torch.float32) -> None:
+    def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.products = products
+        self.matmul_dtype = matmul_dtype
         self.project = nn.Linear(input_size, 2 * hidden_size)
         with torch.no_grad():
             for gate in self.project.weight.chunk(2):
@@ -86,7 +86,7 @@ class MinGRU(nn.Module):
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden state after each time step [T, B, H], and after the last one [B, H]."""
-        with torch.autocast(x_TBE.device.type, self.products, enabled=self.products != x_TBE.dtype):
+        with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=self.matmul_dtype != x_TBE.dtype):
             into_TB2H = self.project(x_TBE)
         gate_TBH, candidate_TBH = into_TB2H.to(x_TBE.dtype).chunk(2, dim=2)
         one_by_one = len(x_TBE) == 1 or x_TBE.device.type == "cpu"

@@ -4,32 +4,40 @@ Plain PyTorch. It knows nothing of corpora, Ray, MLflow or the environment.
 T time, B lanes, L layers, E embedding, H state (of the GRU: its hidden width), V vocabulary.
 """
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru.config import Cell, ModelConfig
 from gru.model.cells import CELLS
-from gru.model.output import cross_entropy
-from gru.model.recurrence import dropout_mask
+from gru.model.gru_layer import dropout_mask
+from gru.model.loss import cross_entropy
+
+
+def with_current_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under this version's parameter names: older bundles call the cell of a block `gru`."""
+    return {re.sub(r"^(blocks\.\d+)\.gru\.", r"\1.cell.", name): tensor for name, tensor in weights.items()}
 
 
 class Block(nn.Module):
     """A pre-norm residual block: x + project(cell(norm(x)))."""
 
-    def __init__(self, cell: Cell, width: int, hidden: int, products: torch.dtype) -> None:
+    def __init__(self, cell: Cell, width: int, hidden: int, matmul_dtype: torch.dtype) -> None:
         super().__init__()
-        self.products = products
+        self.matmul_dtype = matmul_dtype
         self.norm = nn.LayerNorm(width, bias=False)
-        self.gru = CELLS[cell].build(width, hidden, products)  # whatever the cell: saved weights have this name
+        self.cell = CELLS[cell].build(width, hidden, matmul_dtype)
         self.project = nn.Linear(hidden, width, bias=False) if hidden != width else nn.Identity()
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor, mask_BE: Tensor | None) -> tuple[Tensor, Tensor]:
         inner = self.norm(x_TBE)
         if mask_BE is not None:
             inner = inner * mask_BE
-        out_TBH, h_BH = self.gru(inner, h_BH)
-        with torch.autocast(x_TBE.device.type, self.products, enabled=self.products != x_TBE.dtype):
+        out_TBH, h_BH = self.cell(inner, h_BH)
+        with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=self.matmul_dtype != x_TBE.dtype):
             projected_TBE = self.project(out_TBH)
         return x_TBE + projected_TBE.to(x_TBE.dtype), h_BH
 
@@ -42,15 +50,15 @@ class GRULanguageModel(nn.Module):
     machine.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, products: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.products = products
+        self.matmul_dtype = matmul_dtype
         self.state_width = CELLS[config.cell].vectors * config.hidden
         self.embedding = nn.Embedding(vocab_size, config.embedding)
         self.blocks = nn.ModuleList(
-            Block(config.cell, config.embedding, config.hidden, products) for _ in range(config.layers)
+            Block(config.cell, config.embedding, config.hidden, matmul_dtype) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.embedding, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
@@ -96,7 +104,12 @@ class GRULanguageModel(nn.Module):
         x_TBE, state_LBH = self.features(tokens_TB, state_LBH, masks)
         weights_N = None if weights_TB is None else weights_TB.flatten()
         total = cross_entropy(
-            x_TBE.flatten(0, 1), self.embedding.weight, self.output_bias, targets_TB.flatten(), weights_N, self.products
+            x_TBE.flatten(0, 1),
+            self.embedding.weight,
+            self.output_bias,
+            targets_TB.flatten(),
+            weights_N,
+            self.matmul_dtype,
         )
         return total, state_LBH
 

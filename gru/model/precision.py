@@ -13,7 +13,7 @@ import torch
 from gru.config import ModelConfig
 
 Precision = Literal["bf16", "fp32"]
-PRODUCTS: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MATMUL_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ADVANTAGE = 1.3
 """How many times faster bf16 must be: processors have it at half the speed of fp32, the same, or twice and more."""
 
@@ -39,7 +39,8 @@ def bf16_advantage() -> float:
     """
     best: dict[torch.dtype, float] = {}
     factors = {
-        dtype: (torch.ones(256, 512, dtype=dtype), torch.ones(512, 1536, dtype=dtype)) for dtype in PRODUCTS.values()
+        dtype: (torch.ones(256, 512, dtype=dtype), torch.ones(512, 1536, dtype=dtype))
+        for dtype in MATMUL_DTYPES.values()
     }
     for _ in range(5):
         for dtype, (left, right) in factors.items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gru.model.output import cross_entropy
+from gru.model.loss import cross_entropy
 
 INITIAL_STD = 0.02
 ROTARY_BASE = 10_000.0
@@ -106,11 +106,11 @@ def rotate(x_BATD: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
 class Transformer(nn.Module):
     """Embedding, layers, norm, and an output layer tied to the embedding, with a bias as the recurrent models' has."""
 
-    def __init__(self, config: TransformerConfig, vocab_size: int, products: torch.dtype = torch.float32) -> None:
+    def __init__(self, config: TransformerConfig, vocab_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.products = products
+        self.matmul_dtype = matmul_dtype
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width, bias=False)
@@ -142,7 +142,12 @@ class Transformer(nn.Module):
         x_TBE = self.features(tokens_TB, 0.0 if masks is None else self.config.dropout)
         weights_N = None if weights_TB is None else weights_TB.flatten()
         total = cross_entropy(
-            x_TBE.flatten(0, 1), self.embedding.weight, self.output_bias, targets_TB.flatten(), weights_N, self.products
+            x_TBE.flatten(0, 1),
+            self.embedding.weight,
+            self.output_bias,
+            targets_TB.flatten(),
+            weights_N,
+            self.matmul_dtype,
         )
         return total, state
 
@@ -150,7 +155,7 @@ class Transformer(nn.Module):
         """What the output layer reads [T, B, E]."""
         x_BTE = F.dropout(self.embedding(tokens_TB), dropout).transpose(0, 1)
         turns = angles(len(tokens_TB), self.config.width // self.config.heads, x_BTE)
-        with torch.autocast(x_BTE.device.type, self.products, enabled=self.products != x_BTE.dtype):
+        with torch.autocast(x_BTE.device.type, self.matmul_dtype, enabled=self.matmul_dtype != x_BTE.dtype):
             for layer in self.layers:
                 x_BTE = layer(x_BTE, turns, dropout).to(turns[0].dtype)
         return self.norm(x_BTE.transpose(0, 1).contiguous())

@@ -17,37 +17,41 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from gru.config import ServeConfig
+from gru.generation.engine import Closed
+from gru.generation.sampling import SamplingParams
 from gru.serving import playground
-from gru.serving.access import Gate, Keys
-from gru.serving.engine import Closed
-from gru.serving.formats import ChatFormat, CompletionFormat, Format
-from gru.serving.generation import Generation, Order, Prompt, Relay, Served, failure
+from gru.serving.auth import Keys
+from gru.serving.choices import Generation, GenerationSpec, LoopBridge, Prompt, failure
+from gru.serving.loaded_model import LoadedModel
 from gru.serving.metrics import Metrics
+from gru.serving.middleware import AccessMiddleware
 from gru.serving.protocol import (
     EXPECTED,
     ApiError,
-    Asked,
     ChatRequest,
     CompletionRequest,
+    PromptRequest,
     TextRequest,
     refuse_unsupported,
 )
-from gru.serving.reply import EventStream, Reply, whole
-from gru.serving.sampling import SamplingParams
+from gru.serving.response_formats import ChatFormat, CompletionFormat, Format
+from gru.serving.responses import EventStream, Reply, whole
 
 MAX_LOGPROBS = 100_000  # seconds of work, and tens of megabytes
 AT_ONCE = 20_000  # characters that are tokenized at once; more would hold up the other requests
 
-Provider = Callable[[], Sequence[Served]]
+ModelProvider = Callable[[], Sequence[LoadedModel]]
 
 
-def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None = None, settings: str = "") -> FastAPI:
+def create_app(
+    provider: ModelProvider, config: ServeConfig, metrics: Metrics | None = None, settings: str = ""
+) -> FastAPI:
     """The app. `provider` returns the models that answer now: the first is the one that requests go to which name no
     other; the canary's share goes to the one with its alias. `settings` names what it was deployed with."""
     app = FastAPI(title="GRU text generation", docs_url=None, redoc_url=None)  # their pages come from elsewhere
     metrics = metrics or Metrics(provider, "")
     keys = Keys(config.keys) if config.keys else None
-    app.add_middleware(Gate, keys=keys, max_body=config.max_body_bytes, metrics=metrics)
+    app.add_middleware(AccessMiddleware, keys=keys, max_body=config.max_body_bytes, metrics=metrics)
     answers = Answers(provider, config, metrics)
     playground.add_to(app)
 
@@ -121,11 +125,11 @@ def create_app(provider: Provider, config: ServeConfig, metrics: Metrics | None 
 class Answers:
     """What the models say to requests for text."""
 
-    def __init__(self, provider: Provider, config: ServeConfig, metrics: Metrics) -> None:
+    def __init__(self, provider: ModelProvider, config: ServeConfig, metrics: Metrics) -> None:
         self._provider, self._config, self._metrics = provider, config, metrics
-        self._relays: dict[asyncio.AbstractEventLoop, Relay] = {}
+        self._relays: dict[asyncio.AbstractEventLoop, LoopBridge] = {}
 
-    async def to(self, body: TextRequest, asked: Asked, made: Format, request: Request) -> Response:
+    async def to(self, body: TextRequest, asked: PromptRequest, made: Format, request: Request) -> Response:
         """Raises ApiError, or Closed."""
         until = time.monotonic() + self._config.request_seconds
         refuse_unsupported(body)
@@ -133,7 +137,7 @@ class Answers:
         sticky = body.session_id or request.headers.get("x-session-id") or body.user
         while True:
             served = choose(self._provider(), body.model, self._config, sticky)
-            order = Order(
+            order = GenerationSpec(
                 prompts=await tokenize(served, asked, self._config.max_prompt_tokens),
                 params=sampling_params(body, served.bundle.tokenizer.vocab_size),
                 seeded=body.seed is not None,
@@ -159,12 +163,12 @@ class Answers:
             return EventStream(reply, body.stream_options.include_usage)
         return await whole(reply, request)
 
-    def _relay(self) -> Relay:
+    def _relay(self) -> LoopBridge:
         loop = asyncio.get_running_loop()
-        return self._relays.setdefault(loop, Relay(loop))
+        return self._relays.setdefault(loop, LoopBridge(loop))
 
 
-def describe(served: Served) -> dict[str, Any]:
+def describe(served: LoadedModel) -> dict[str, Any]:
     version = served.version
     return {
         "id": version.name if served.alias == "champion" else f"{version.name}@{served.alias}",
@@ -179,7 +183,7 @@ def describe(served: Served) -> dict[str, Any]:
     }
 
 
-def choose(models: Sequence[Served], name: str | None, config: ServeConfig, sticky: str | None) -> Served:
+def choose(models: Sequence[LoadedModel], name: str | None, config: ServeConfig, sticky: str | None) -> LoadedModel:
     """The model that a request goes to: NAME, NAME@ALIAS or NAME:VERSION. Where it names neither, the canary has its
     share, in which `sticky` requests are always or never. Raises ApiError."""
     if not models:
@@ -187,7 +191,7 @@ def choose(models: Sequence[Served], name: str | None, config: ServeConfig, stic
     first = models[0]
     if name in (None, first.version.name):
         canary = next((each for each in models[1:] if each.alias == config.canary.alias and each.healthy), None)
-        return canary if canary and place(sticky) < config.canary.share else first
+        return canary if canary and fraction_of(sticky) < config.canary.share else first
     for each in models:
         if name in (f"{each.version.name}@{each.alias}", f"{each.version.name}:{each.version.version}"):
             return each
@@ -196,14 +200,14 @@ def choose(models: Sequence[Served], name: str | None, config: ServeConfig, stic
     raise ApiError(404, message, "model", "model_not_found")
 
 
-def place(sticky: str | None) -> float:
+def fraction_of(sticky: str | None) -> float:
     """Between 0 and 1: always the same for the same text, and random without one."""
     if sticky is None:
         return random.random()
     return int.from_bytes(hashlib.blake2b(sticky.encode(errors="replace"), digest_size=8).digest()) / 2**64
 
 
-async def tokenize(served: Served, asked: Asked, most: int) -> list[Prompt]:
+async def tokenize(served: LoadedModel, asked: PromptRequest, most: int) -> list[Prompt]:
     """Raises ApiError if one is too long."""
     encode = served.bundle.tokenizer.encode
 
@@ -232,7 +236,7 @@ def sampling_params(body: TextRequest, vocab_size: int) -> SamplingParams:
     )
 
 
-def refuse_what_never_fits(order: Order, served: Served) -> None:
+def refuse_what_never_fits(order: GenerationSpec, served: LoadedModel) -> None:
     engine, texts = served.engine, len(order.prompts) * order.n
     if texts > engine.capacity:
         raise ApiError(400, f"prompts x n: at most {engine.capacity} texts in one request", "n")

@@ -18,13 +18,13 @@ from ray.serve._private import replica
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.context import _get_global_client
 
-from gru import registry, tracking
 from gru.config import ServeConfig, ServeResources, content_key
 from gru.errors import UserError
-from gru.network import require_free
-from gru.serving.access import Keys
+from gru.network import require_bindable
+from gru.registry import tracking, versions
 from gru.serving.api import create_app
-from gru.serving.lineup import Lineup
+from gru.serving.auth import Keys
+from gru.serving.model_manager import ModelManager
 
 APP = "gru"
 IN_FLIGHT = "tokens_in_flight"
@@ -37,7 +37,7 @@ SWITCH_SECONDS = (
 log = logging.getLogger(__name__)
 
 
-class Generator:
+class Replica:
     """A replica: the models that the registry names, and their HTTP interface."""
 
     def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str, settings: str) -> None:
@@ -48,7 +48,7 @@ class Generator:
         tracking.connect_impatiently(tracking_uri)
         self._config, self._settings = config, settings
         kept = Path.home() / ".cache" / "gru-pipeline" / "served"
-        self._lineup = Lineup(config, model_name, kept, serve.get_replica_context().replica_id.unique_id)
+        self._lineup = ModelManager(config, model_name, kept, serve.get_replica_context().replica_id.unique_id)
         self._lineup.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -90,8 +90,8 @@ def deploy(config: ServeConfig, resources: ServeResources, model_name: str, trac
     cannot be read, or if other applications are served at another address of this cluster.
     """
     mlflow.set_tracking_uri(tracking_uri)
-    if registry.resolve(model_name, registry.CHAMPION) is None:
-        raise UserError(f"{model_name}: no version is @{registry.CHAMPION}; train and promote one first")
+    if versions.resolve(model_name, versions.CHAMPION) is None:
+        raise UserError(f"{model_name}: no version is @{versions.CHAMPION}; train and promote one first")
     if config.keys:
         Keys(config.keys)  # what is wrong with them is told here, not in each replica
     _move_to(config.host, config.port)
@@ -117,7 +117,7 @@ def application(
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=config.request_seconds,  # it is over at once where nothing is open
         ray_actor_options=options,
-    )(serve.ingress()(Generator))
+    )(serve.ingress()(Replica))
     return deployment.bind(config, model_name, tracking_uri, content_key(config, resources))
 
 
@@ -159,7 +159,7 @@ def _move_to(host: str, port: int) -> None:
                 f"serve.port = {port}: this cluster already serves others at {running.host}:{running.port}: use that"
             )
         serve.shutdown()
-    require_free(host, port, "--set serve.port=PORT")
+    require_bindable(host, port, "--set serve.port=PORT")
 
 
 def wait_ready(url: str, version: str, timeout: float) -> None:

@@ -6,7 +6,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gru.serving.generation import Generation, Served
+from gru.serving.choices import Generation
+from gru.serving.loaded_model import LoadedModel
 
 PATHS = ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -16,7 +17,7 @@ REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600)
 class Metrics:
     """Of one replica, whose name each sample bears. provider: the models that answer now."""
 
-    def __init__(self, provider: Callable[[], Sequence[Served]], replica: str) -> None:
+    def __init__(self, provider: Callable[[], Sequence[LoadedModel]], replica: str) -> None:
         self._replica = replica
         self.registry = CollectorRegistry()
         self.registry.register(_Engines(provider))
@@ -77,7 +78,7 @@ class _Named(CollectorRegistry):
 class _Engines(Collector):
     """What the engines say of themselves when they are asked."""
 
-    def __init__(self, provider: Callable[[], Sequence[Served]]) -> None:
+    def __init__(self, provider: Callable[[], Sequence[LoadedModel]]) -> None:
         self._provider = provider
 
     def collect(self) -> Iterable[GaugeMetricFamily]:

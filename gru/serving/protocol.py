@@ -104,7 +104,7 @@ class TextRequest(BaseModel):
         return {int(name): bias for name, bias in self.logit_bias.items()}
 
 
-class Asked(NamedTuple):
+class PromptRequest(NamedTuple):
     """What either kind of request comes to."""
 
     prompts: list[str]
@@ -139,9 +139,9 @@ class CompletionRequest(TextRequest):
     logprobs: TopLogprobs | None = None
     echo: bool = False
 
-    def asked(self) -> Asked:
+    def asked(self) -> PromptRequest:
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
-        return Asked(prompts, "prompt", self.max_tokens, self.logprobs, self.stops, self.echo)
+        return PromptRequest(prompts, "prompt", self.max_tokens, self.logprobs, self.stops, self.echo)
 
 
 def joined(content: Any) -> Any:
@@ -168,7 +168,7 @@ class ChatRequest(TextRequest):
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
 
-    def asked(self, template: str) -> Asked:
+    def asked(self, template: str) -> PromptRequest:
         """The messages as one prompt, up to where the answer begins. template: as `serve.chat_template` says.
 
         Raises ApiError."""
@@ -176,7 +176,7 @@ class ChatRequest(TextRequest):
             raise ApiError(400, "top_logprobs: needs logprobs = true", "top_logprobs")
         before, after = template.split("{content}")
         said = "".join(before.replace("{role}", m.role) + m.content + after for m in self.messages)
-        return Asked(
+        return PromptRequest(
             prompts=[said + before.replace("{role}", "assistant")],
             param="messages",
             max_tokens=self.max_completion_tokens or self.max_tokens,

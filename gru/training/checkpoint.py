@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as load_tensors
@@ -20,16 +19,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from gru import storage
+from gru.digests import DIGESTS, DamagedFiles, read_verified
 from gru.errors import UserError
 
-DIGESTS = "digests.json"
 STATE = "state.json"
 
 log = logging.getLogger(__name__)
-
-
-class DamagedFiles(Exception):
-    """A directory whose files are not those that its digests.json promises."""
 
 
 @dataclass(frozen=True)
@@ -47,25 +42,6 @@ class Checkpoint:
     def heldout_loss(self) -> float | None:
         """Nats per token, if it was measured with these weights."""
         return self.state.get("heldout_loss")
-
-
-def write_digests(directory: Path) -> None:
-    """Write digests.json over the files of a flat directory, which completes it."""
-    digests = {file.name: storage.sha256(file.read_bytes()) for file in sorted(directory.iterdir())}
-    (directory / DIGESTS).write_text(json.dumps(digests, indent=1))
-
-
-def read_verified(path: str) -> dict[str, bytes]:
-    """The files that a directory's digests.json names. Raises DamagedFiles naming the first that is wrong."""
-    try:
-        digests = storage.read_json(storage.join(path, DIGESTS))
-        files = {name: storage.read_bytes(storage.join(path, name)) for name in digests}
-    except (FileNotFoundError, ValueError) as error:
-        raise DamagedFiles(f"{path}: incomplete: {error}") from None
-    for name, data in files.items():
-        if storage.sha256(data) != digests[name]:
-            raise DamagedFiles(f"{path}/{name}: its SHA-256 differs from the one in {DIGESTS}")
-    return files
 
 
 def save(checkpoint: Checkpoint, path: str) -> None:

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from gru.config import ModelConfig, TrainConfig
-from gru.corpus.lanes import stream_batches
-from gru.evaluation import LanguageModel, stream_loss
+from gru.corpus.batches import stream_batches
 from gru.model.language_model import GRULanguageModel
-from gru.model.precision import PRODUCTS, resolve
+from gru.model.precision import MATMUL_DTYPES, resolve
+from gru.model.stream_loss import LanguageModel, stream_loss
 from gru.training.checkpoint import Checkpoint
 from gru.training.reduction import tree_sum
 
@@ -42,9 +42,9 @@ def share(total: int, rank: int, world: int) -> range:
 def own_lanes(config: TrainConfig, rank: int, world: int) -> range:
     """The lanes of a worker: whole parts of `bitwise_elastic` if there are such."""
     if not config.bitwise_elastic:
-        return share(config.lanes, rank, world)
+        return share(config.batch_size, rank, world)
     parts = share(config.bitwise_elastic, rank, world)
-    ends = (share(config.lanes, part, config.bitwise_elastic) for part in (parts[0], parts[-1]))
+    ends = (share(config.batch_size, part, config.bitwise_elastic) for part in (parts[0], parts[-1]))
     return range(next(ends).start, next(ends).stop)
 
 
@@ -94,7 +94,7 @@ class Learner:
         self.step = 0
         torch.manual_seed(config.seed)
         self.precision = resolve(model, self.device)
-        self.model = build(model, vocab_size, PRODUCTS[self.precision]).to(self.device)
+        self.model = build(model, vocab_size, MATMUL_DTYPES[self.precision]).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         objective = Objective(self.model)
         reduced = world > 1 and not config.bitwise_elastic
@@ -117,7 +117,7 @@ class Learner:
         """A step whose gradients are thrown away. After its first backward, DDP lays out its buckets anew, by the order
         in which gradients came; where more than two workers sum, that changes bits, and the first step after a resume
         would differ from the same step of an undisturbed run."""
-        tokens_TB = torch.zeros(self.config.window, len(self.lanes), dtype=torch.int64, device=self.device)
+        tokens_TB = torch.zeros(self.config.sequence_length, len(self.lanes), dtype=torch.int64, device=self.device)
         for _ in range(2):
             total, _ = self.objective(tokens_TB, tokens_TB, self.state_LBH, self._dropout_masks())
             total.backward()
@@ -151,7 +151,7 @@ class Learner:
     def _step_at_once(self, inputs_TB: Tensor, targets_TB: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gradients of the mean loss over all lanes, summed by DDP; the own part of that loss, and the next states."""
         total, state_LBH = self.objective(inputs_TB, targets_TB, self.state_LBH, masks)
-        part = total / (len(inputs_TB) * self.config.lanes)
+        part = total / (len(inputs_TB) * self.config.batch_size)
         (part * self.world).backward()  # DDP divides the sum of gradients by the number of workers
         return part.detach(), state_LBH.detach()
 
@@ -163,7 +163,7 @@ class Learner:
         losses, states = [], []
 
         def gradient_of(part: int) -> Tensor:
-            lanes = share(self.config.lanes, part, parts)
+            lanes = share(self.config.batch_size, part, parts)
             own = slice(lanes.start - self.lanes.start, lanes.stop - self.lanes.start)
             total, state_LBH = self.objective(
                 inputs_TB[:, own],
@@ -171,7 +171,7 @@ class Learner:
                 self.state_LBH[:, own],
                 None if masks is None else masks[:, own],
             )
-            loss = total / (len(inputs_TB) * self.config.lanes)
+            loss = total / (len(inputs_TB) * self.config.batch_size)
             losses.append(loss.detach())
             states.append(state_LBH.detach())
             return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
@@ -182,12 +182,12 @@ class Learner:
             parameter.grad = gradient.view_as(parameter)
         return torch.stack(losses).sum(), torch.cat(states, dim=1)
 
-    def suspects(self, inputs_TB: np.ndarray, targets_TB: np.ndarray, beat: Callable[[], None]) -> list[int]:
+    def suspects(self, inputs_TB: np.ndarray, targets_TB: np.ndarray, heartbeat: Callable[[], None]) -> list[int]:
         """After Diverged: the own lanes whose window alone gives a gradient that is not finite."""
         inputs, targets, masks = self._tensor(inputs_TB), self._tensor(targets_TB), self._dropout_masks()
         found = []
         for index, lane in enumerate(self.lanes):
-            beat()
+            heartbeat()
             own = slice(index, index + 1)
             state_LBH, mask = self.state_LBH[:, own], None if masks is None else masks[:, own]
             total, _ = self.model.loss(inputs[:, own], targets[:, own], state_LBH, mask)
@@ -198,22 +198,22 @@ class Learner:
 
     def _dropout_masks(self) -> Tensor | None:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        masks = self.model.dropout_masks(self.config.lanes, generator)
+        masks = self.model.dropout_masks(self.config.batch_size, generator)
         return None if masks is None else masks[:, self.lanes.start : self.lanes.stop]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def heldout_loss(self, tokens: np.ndarray, beat: Callable[[], None] = lambda: None) -> float:
+    def heldout_loss(self, tokens: np.ndarray, heartbeat: Callable[[], None] = lambda: None) -> float:
         """Mean loss of the averaged weights over a stream of tokens, in nats per token; each worker reads a part.
 
         beat: called before each batch."""
-        lanes = max(self.world, min(16, self.config.lanes))
+        lanes = max(self.world, min(16, self.config.batch_size))
         own = share(lanes, self.rank, self.world)
 
         def batches() -> Iterator[tuple[np.ndarray, ...]]:
             for batch in stream_batches(tokens, lanes, 256, self.end_of_text):
-                beat()
+                heartbeat()
                 yield tuple(part[:, own.start : own.stop] for part in batch)
 
         return self.sum_over_workers([stream_loss(self.average, batches(), len(own))])[0] / len(tokens)

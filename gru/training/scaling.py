@@ -42,7 +42,7 @@ class RoomForWorkers(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         when, count = self._counted
         if time.monotonic() - when > COUNT_SECONDS:
-            count = int(cluster.fitting(self._room(), self.scaling_config._resources_per_worker_not_none))
+            count = int(cluster.count_fitting(self._room(), self.scaling_config._resources_per_worker_not_none))
             self._counted = time.monotonic(), count
         return min(max(count, self._least), self.scaling_config.max_workers)
 

@@ -27,11 +27,11 @@ from ray.util import remove_placement_group
 
 from gru import cluster, storage
 from gru.config import ModelConfig, TrainConfig, TrainResources
+from gru.corpus.batches import LaneOrder
 from gru.corpus.dataset import Dataset
-from gru.corpus.lanes import LaneOrder
 from gru.errors import GaveUp, Stopped, UserError, find_user_error
 from gru.training import checkpoint as checkpoints
-from gru.training import loop, progress
+from gru.training import driver_channel, worker_loop
 from gru.training.scaling import RoomForWorkers
 
 CONTROLLER_FAILURES = 3
@@ -64,16 +64,18 @@ def train(
         "dataset": manifest.digest,
         "tokenizer": manifest.tokenizer_digest,
         "model": model.model_dump(),
-        "lanes": config.lanes,
+        "lanes": config.batch_size,
         "seed": config.seed,
     }
-    LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.lanes, config.window)
+    LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.batch_size, config.sequence_length)
     if (found := _last(run, identity)) and found.step >= config.steps:
         return found
-    if cluster.is_short(resources, config.min_workers or config.workers):  # one that grows may still bring it
+    if cluster.is_too_small(resources, config.min_workers or config.workers):  # one that grows may still bring it
         show(f"waiting: {_shortage(config, resources)}")
-    with progress.followed(show) as actor, _signals() as told:
-        assignment = loop.Assignment(model, config, dataset.directory, run, identity, tracking_uri, tracking_run, actor)
+    with driver_channel.open_channel(show) as actor, _signals() as told:
+        assignment = worker_loop.Assignment(
+            model, config, dataset.directory, run, identity, tracking_uri, tracking_run, actor
+        )
         _fit_until_done(assignment, resources, told, show)
     last = _last(run, identity)
     assert last is not None and last.step == config.steps, "the run ended without its last checkpoint"
@@ -86,7 +88,7 @@ def _last(run: str, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:
 
 
 def _fit_until_done(
-    assignment: loop.Assignment, resources: TrainResources, told: "Told", show: Callable[[str], None]
+    assignment: worker_loop.Assignment, resources: TrainResources, told: "StopSignal", show: Callable[[str], None]
 ) -> None:
     """Ray Train's fit, again where it ends for a reason that is not the training's own."""
     controllers_lost = 0
@@ -98,7 +100,7 @@ def _fit_until_done(
             if controllers_lost > CONTROLLER_FAILURES:
                 raise GaveUp(f"Ray Train's controller died {controllers_lost} times: {_first_line(error)}") from None
             show("Ray Train's controller died: starting another, from the last checkpoint")
-            place: Any = ray.get(assignment.progress.occupied.remote())
+            place: Any = ray.get(assignment.progress.placement_group.remote())
             if place is not None:
                 remove_placement_group(place)  # Ray Train sees to it only where there is a dashboard
             continue
@@ -117,16 +119,16 @@ def _fit_until_done(
         show(f"a node is about to be taken away: saved at step {outcome['preempted']:,}, going on with the others")
 
 
-def _fit(assignment: loop.Assignment, resources: TrainResources, told: "Told") -> bool:
+def _fit(assignment: worker_loop.Assignment, resources: TrainResources, told: "StopSignal") -> bool:
     """One controller's life; False if it was left behind. Raises RayActorError if it died."""
     config = assignment.train
     # Ray Train's own note of its checkpoints, of an earlier version of this program: truncated by a kill, it would end
     # the controller with a bare ActorDiedError.
     storage.remove(storage.join(assignment.run, "checkpoint_manager_snapshot.json"))
     parent, name = assignment.run.rsplit("/", 1)
-    callbacks: list[Any] = [_Narrator(assignment.progress, config.max_failures)]
+    callbacks: list[Any] = [_FailureReporter(assignment.progress, config.max_failures)]
     trainer: Any = _Trainer(
-        loop.work,
+        worker_loop.run_worker,
         train_loop_config={"assignment": assignment},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if resources.gpus else "gloo", timeout_s=math.ceil(config.stall_seconds)
@@ -176,7 +178,7 @@ def _fit(assignment: loop.Assignment, resources: TrainResources, told: "Told") -
 
 def _shortage(config: TrainConfig, resources: TrainResources) -> str:
     least = f"train.min_workers = {config.min_workers}" if config.min_workers else f"train.workers = {config.workers}"
-    return f"{least}, {cluster.shortage('train', resources)}"
+    return f"{least}, {cluster.describe_shortage('train', resources)}"
 
 
 class _Trainer(TorchTrainer):
@@ -188,7 +190,7 @@ class _Trainer(TorchTrainer):
         return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
 
 
-class Told:
+class StopSignal:
     """What this process has been told to do by a signal."""
 
     def __init__(self) -> None:
@@ -209,9 +211,9 @@ class Told:
 
 
 @contextmanager
-def _signals() -> Iterator[Told]:
+def _signals() -> Iterator[StopSignal]:
     """In the main thread, the first SIGTERM or SIGINT is noted, and others of its kind work as they did before."""
-    told = Told()
+    told = StopSignal()
     if threading.current_thread() is not threading.main_thread():
         yield told
         return
@@ -230,13 +232,13 @@ def _signals() -> Iterator[Told]:
             signal.signal(number, handler)
 
 
-def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
+def _in_thread(run_worker: Callable[[], Any]) -> "Future[Any]":
     """Run in a thread that does not keep this process: the main thread is for signals."""
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
-            future.set_result(work())
+            future.set_result(run_worker())
         except BaseException as error:
             future.set_exception(error)
 
@@ -244,7 +246,7 @@ def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
     return future
 
 
-class _Narrator(UserCallback):
+class _FailureReporter(UserCallback):
     """In the controller: says what happened to the workers, since Ray Train tells only its log."""
 
     def __init__(self, actor: ActorHandle, most: int) -> None:

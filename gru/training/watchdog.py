@@ -24,7 +24,7 @@ class Watchdog:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         self._last = time.monotonic()
 
     def _watch(self) -> None:

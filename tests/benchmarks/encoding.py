@@ -9,7 +9,7 @@ from collections.abc import Callable
 from gru.config import CorpusConfig, TokenizerConfig
 from gru.corpus import sources
 from gru.corpus.documents import Report, documents
-from gru.corpus.tokenizer import Tokenizer, train
+from gru.corpus.tokenizer import Tokenizer, train_tokenizer
 
 
 def rate(amount: float, work: Callable[[], object]) -> float:
@@ -23,7 +23,7 @@ def encoding() -> None:
     corpus = CorpusConfig(sources=["python-stdlib"])
     [partition] = sources.plan(sources.list_files(corpus), corpus)
     texts = [text for span in partition for text in documents(span, corpus, Report())]
-    tokenizer = train(TokenizerConfig(kind="bpe", vocab_size=4096), texts)
+    tokenizer = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=4096), texts)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     tokenizer.encode("")  # loads
     ours = rate(megabytes, lambda: tokenizer.encode_batch(texts))

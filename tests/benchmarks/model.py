@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gru.config import ModelConfig, TrainConfig
-from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.corpus.batches import LaneOrder, LaneReader
+from gru.model.gru_layer import GRU
 from gru.model.language_model import GRULanguageModel
-from gru.model.output import cross_entropy
-from gru.model.precision import PRODUCTS, Precision, bf16_advantage, resolve
-from gru.model.recurrence import GRU
+from gru.model.loss import cross_entropy
+from gru.model.precision import MATMUL_DTYPES, Precision, bf16_advantage, resolve
 from gru.training.learner import Learner
 
 AUTO = resolve(ModelConfig(), torch.device("cpu"))
@@ -57,7 +57,7 @@ def plain(learner: Learner) -> Learner:
         return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum"), state
 
     for block in learner.model.blocks:
-        block.gru.forward = MethodType(recur, block.gru)
+        block.cell.forward = MethodType(recur, block.cell)
     learner.model.loss = MethodType(loss, learner.model)
     return learner
 
@@ -65,7 +65,7 @@ def plain(learner: Learner) -> Learner:
 def training_step(width: int, layers: int, vocabulary: int, lanes: int, window: int) -> None:
     def side(precision: Precision) -> Learner:
         config = ModelConfig(embedding=width, hidden=width, layers=layers, precision=precision)
-        return Learner(config, TrainConfig(lanes=lanes, window=window), vocabulary, 0)
+        return Learner(config, TrainConfig(batch_size=lanes, sequence_length=window), vocabulary, 0)
 
     tokens = np.random.default_rng(0).integers(0, vocabulary, (window + 1, lanes))
     ours, theirs = side(AUTO), plain(side("fp32"))
@@ -89,10 +89,10 @@ def loss_after_equal_steps(text: Path | None) -> None:
     vocabulary, tokens = np.unique(np.frombuffer(text.read_bytes(), np.uint8), return_inverse=True)
     config = TrainConfig(steps=STEPS)
     sides: dict[str, Learner] = {}
-    for precision in PRODUCTS:
+    for precision in MATMUL_DTYPES:
         sides[precision] = Learner(ModelConfig(precision=precision), config, len(vocabulary) + 1, len(vocabulary))
     sides["torch.nn.GRU"] = plain(Learner(ModelConfig(precision="fp32"), config, len(vocabulary) + 1, len(vocabulary)))
-    order = LaneOrder([len(tokens)], config.seed, config.lanes, config.window)
+    order = LaneOrder([len(tokens)], config.seed, config.batch_size, config.sequence_length)
     losses = {}
     for name, learner in sides.items():
         with LaneReader(order, lambda index: tokens, len(vocabulary), learner.lanes) as reader:
@@ -104,9 +104,9 @@ def recurrence(width: int, lanes: int, window: int) -> None:
     """Against one product of all the window's inputs with the input matrix: [T B, H] x [H, 3 H]."""
     x_TBE = torch.randn(window, lanes, width, requires_grad=True)
     h_BH, d_out_TBH = torch.zeros(lanes, width), torch.randn(window, lanes, width)
-    layer = GRU(width, width, PRODUCTS[AUTO])
+    layer = GRU(width, width, MATMUL_DTYPES[AUTO])
     rows = torch.randn(window * lanes, width)
-    factors = {name: (rows.to(dtype), torch.randn(width, 3 * width).to(dtype)) for name, dtype in PRODUCTS.items()}
+    factors = {name: (rows.to(dtype), torch.randn(width, 3 * width).to(dtype)) for name, dtype in MATMUL_DTYPES.items()}
     times = best(
         4,
         ours=lambda: layer(x_TBE, h_BH)[0].backward(d_out_TBH),
@@ -130,7 +130,7 @@ def loss_side(name: str) -> Work:
     targets_N = torch.randint(32768, (2048,))
 
     def ours() -> None:
-        cross_entropy(x_NE, weight_VE, bias_V, targets_N, None, PRODUCTS[AUTO]).backward()
+        cross_entropy(x_NE, weight_VE, bias_V, targets_N, None, MATMUL_DTYPES[AUTO]).backward()
 
     def theirs() -> None:
         F.cross_entropy(F.linear(x_NE, weight_VE, bias_V), targets_N, reduction="sum").backward()

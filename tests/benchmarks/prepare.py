@@ -22,8 +22,8 @@ import psutil
 
 from gru.config import CorpusConfig, TokenizerConfig
 from gru.corpus import sources, tokenizer
+from gru.corpus.batches import LaneOrder, LaneReader
 from gru.corpus.documents import Report, documents
-from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.corpus.prepare import prepare
 from jobs import entry
 from tests.benchmarks.encoding import show
@@ -75,7 +75,7 @@ def timed(work: Callable[[], object]) -> float:
 def rates(name: str, corpus: CorpusConfig, folder: Path) -> None:
     texts = list(texts_of(corpus))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    made = tokenizer.train(TokenizerConfig(vocab_size=8192), texts_of(corpus, SAMPLE_BYTES))
+    made = tokenizer.train_tokenizer(TokenizerConfig(vocab_size=8192), texts_of(corpus, SAMPLE_BYTES))
     path = folder / "tokenizer.json"
     path.write_bytes(made.json)
     config = TokenizerConfig(path=str(path))
@@ -142,14 +142,14 @@ def run(script: str | None, *arguments: Path, file: Path | None = None) -> None:
 def training(name: str, corpus: CorpusConfig) -> None:
     texts = list(texts_of(corpus, SAMPLE_BYTES))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    seconds = timed(lambda: tokenizer.train(TokenizerConfig(vocab_size=8192), texts))
+    seconds = timed(lambda: tokenizer.train_tokenizer(TokenizerConfig(vocab_size=8192), texts))
     print(f"{name}: BPE of 8,192 on {megabytes:.0f} MB: {seconds:.1f} s", flush=True)
 
 
 def lanes(corpus: CorpusConfig, folder: Path) -> None:
     dataset = prepare(corpus, TokenizerConfig(kind="byte"), str(folder / "lanes"), lambda _: None)
     segments = dataset.segments("train")
-    order = LaneOrder([segment.tokens for segment in segments], seed=0, lanes=32, window=64)
+    order = LaneOrder([segment.tokens for segment in segments], seed=0, lanes=32, sequence_length=64)
     steps = min(order.steps_per_epoch, 20_000)
     with LaneReader(
         order, lambda i: dataset.read_segment(segments[i]), dataset.manifest.end_of_text, range(32)

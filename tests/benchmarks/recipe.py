@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gru.config import ModelConfig, PipelineConfig, changed, load
+from gru.corpus.batches import LaneOrder, LaneReader, stream_batches
 from gru.corpus.dataset import Dataset, open_dataset
-from gru.corpus.lanes import LaneOrder, LaneReader, stream_batches
-from gru.evaluation import stream_loss
 from gru.model.language_model import GRULanguageModel
-from gru.model.output import cross_entropy
+from gru.model.loss import cross_entropy
+from gru.model.stream_loss import stream_loss
 from gru.training.learner import Learner
-from gru.training.loop import heldout_tokens
+from gru.training.worker_loop import heldout_tokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Untied(GRULanguageModel):
         weights_TB = named.get("weights_TB")
         weights_N = None if weights_TB is None else weights_TB.flatten()
         x_NE, targets_N = x_TBE.flatten(0, 1), targets_TB.flatten()
-        return cross_entropy(x_NE, self.output, self.output_bias, targets_N, weights_N, self.products), state
+        return cross_entropy(x_NE, self.output, self.output_bias, targets_N, weights_N, self.matmul_dtype), state
 
 
 class Resetting(GRULanguageModel):
@@ -166,7 +166,10 @@ def configured(variant: Variant, config: PipelineConfig, seed: int) -> PipelineC
     train = config.train
     for override in set(variant.overrides) - set(overrides):
         lanes, window = (2, 0.5) if override == "lanes * 2" else (0.5, 2)
-        overrides += [f"train.lanes={int(train.lanes * lanes)}", f"train.window={int(train.window * window)}"]
+        overrides += [
+            f"train.batch_size={int(train.batch_size * lanes)}",
+            f"train.sequence_length={int(train.sequence_length * window)}",
+        ]
     return changed(config, [*overrides, f"train.seed={seed}"], "variant ")
 
 
@@ -176,8 +179,8 @@ def trained(name: str, config: PipelineConfig, dataset: str, seed: int) -> float
     variant, opened = VARIANTS[name], open_dataset(dataset)
     manifest, config = opened.manifest, configured(variant, config, seed)
 
-    def build(model: ModelConfig, vocab_size: int, products: torch.dtype) -> GRULanguageModel:
-        made = variant.build(model, vocab_size, products)
+    def build(model: ModelConfig, vocab_size: int, matmul_dtype: torch.dtype) -> GRULanguageModel:
+        made = variant.build(model, vocab_size, matmul_dtype)
         variant.alter(made)
         return made
 
@@ -185,13 +188,15 @@ def trained(name: str, config: PipelineConfig, dataset: str, seed: int) -> float
     learner.average.eval()
     train(learner, opened, variant.order)
     tokens = heldout_tokens(opened, opened.manifest.heldout.tokens)
-    lanes = config.evaluate.lanes
+    lanes = config.evaluate.batch_size
     return stream_loss(learner.average, stream_batches(tokens, lanes, 256, manifest.end_of_text), lanes) / len(tokens)
 
 
 def train(learner: Learner, dataset: Dataset, build_order: type[LaneOrder]) -> None:
     config, segments = learner.config, dataset.segments("train")
-    order = build_order([segment.tokens for segment in segments], config.seed, config.lanes, config.window)
+    order = build_order(
+        [segment.tokens for segment in segments], config.seed, config.batch_size, config.sequence_length
+    )
     with LaneReader(order, lambda i: dataset.read_segment(segments[i]), learner.end_of_text, learner.lanes) as reader:
         for step in range(config.steps):
             learner.train_step(*reader.batch(step))

@@ -23,16 +23,17 @@ import aiohttp
 import psutil
 import torch
 
-from gru import registry, tracking
 from gru.config import CorpusConfig, ModelConfig, ServeConfig, ServeResources, TokenizerConfig
 from gru.corpus import sources, tokenizer
 from gru.corpus.documents import Report, documents
-from gru.model.decoder import decoder_for
+from gru.generation.engine import Engine, Finish, Request
+from gru.generation.sampling import SamplingParams
+from gru.model.inference import inference_model
 from gru.model.language_model import GRULanguageModel
 from gru.network import free_port
+from gru.registry import tracking, versions
+from gru.registry.bundle import write_bundle
 from gru.serving import deployment
-from gru.serving.engine import Engine, Finish, Request
-from gru.serving.sampling import SamplingParams
 from jobs import entry
 
 MODEL = ModelConfig(embedding=512, hidden=512, layers=2)
@@ -61,7 +62,7 @@ def model() -> GRULanguageModel:
 
 def engine_rate(streams: int, tokens: int) -> float:
     """Tokens/s of so many streams at a time, from the first step with all of them on."""
-    engine = Engine(decoder_for(model()), END, streams, streams)
+    engine = Engine(inference_model(model()), END, streams, streams)
     left, done = [streams], threading.Event()
 
     def receive(token: int | None, end: Finish | Exception | None) -> None:
@@ -221,12 +222,12 @@ def registered() -> Iterator[str]:
         corpus = CorpusConfig(sources=["python-stdlib"])
         [partition, *_] = sources.plan(sources.list_files(corpus), corpus)
         texts = [text for span in partition[:100] for text in documents(span, corpus, Report())]
-        made = tokenizer.train(TokenizerConfig(kind="bpe", vocab_size=VOCABULARY), texts)
+        made = tokenizer.train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=VOCABULARY), texts)
         assert (made.vocab_size, made.end_of_text) == (VOCABULARY, END)
-        registry.write_bundle(str(directory / "bundle"), MODEL, model().state_dict(), made, {})
+        write_bundle(str(directory / "bundle"), MODEL, model().state_dict(), made, {})
         run = tracking.open_run(NAME, "key", "promote")
-        version = registry.register(run, NAME, str(directory / "bundle"), 2.0, "text")
-        mlflow.MlflowClient().set_registered_model_alias(NAME, registry.CHAMPION, version.version)
+        version = versions.register(run, NAME, str(directory / "bundle"), 2.0, "text")
+        mlflow.MlflowClient().set_registered_model_alias(NAME, versions.CHAMPION, version.version)
         ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False)
         try:
             yield uri

@@ -16,10 +16,10 @@ from typing import Any
 import psutil
 
 from gru import config as configuration
-from gru import tracking
 from gru.config import TrainConfig, TrainResources
 from gru.corpus.dataset import Dataset
 from gru.corpus.prepare import prepare
+from gru.registry import tracking
 from gru.training.trainer import train
 from jobs import entry
 from tests.benchmarks.encoding import show

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from itertools import islice
 
 from gru.corpus.dataset import open_dataset
-from gru.evaluation import sample_ids
-from gru.registry import load_bundle
-from gru.serving.sampling import SamplingParams
+from gru.generation.generate import generate_ids
+from gru.generation.sampling import SamplingParams
+from gru.registry.bundle import load_bundle
 
 COMMA, STOP = "，", "。"
 LENGTHS = (5, 7)
@@ -48,7 +48,7 @@ def main() -> None:
         kept = 0
         for seed, (head, line, _) in enumerate(poems):
             params = [SamplingParams(temperature=arguments.temperature, seed=seed)]
-            [ids] = sample_ids(bundle.model, bundle.tokenizer, f"{head}{line}{COMMA}", LONGEST, params)
+            [ids] = generate_ids(bundle.model, bundle.tokenizer, f"{head}{line}{COMMA}", LONGEST, params)
             kept += keeps(bundle.tokenizer.decode(ids), length)
         theirs = sum(keeps(rest, length) for _, _, rest in poems)
         print(

@@ -19,31 +19,31 @@ pytestmark = pytest.mark.usefixtures("ray_local")  # one node of four CPUs
     ],
 )
 def test_what_there_is_no_room_for_is_known(wanted: Resources, processes: int, short: bool) -> None:
-    assert cluster.is_short(wanted, processes) == short
+    assert cluster.is_too_small(wanted, processes) == short
 
 
 def test_a_process_is_on_one_node() -> None:
     nodes = [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}]
-    assert cluster.fitting(nodes, {"CPU": 3, "memory": 0}) == 2
-    assert cluster.fitting(nodes, {"CPU": 8}) == 0
-    assert cluster.fitting(nodes, {"CPU": 1, "GPU": 1}) == 1
-    assert cluster.fitting([{"CPU": 2.0}], {"CPU": 0.4}) == 5
-    assert cluster.fitting(nodes, {"CPU": 0}) == float("inf")
+    assert cluster.count_fitting(nodes, {"CPU": 3, "memory": 0}) == 2
+    assert cluster.count_fitting(nodes, {"CPU": 8}) == 0
+    assert cluster.count_fitting(nodes, {"CPU": 1, "GPU": 1}) == 1
+    assert cluster.count_fitting([{"CPU": 2.0}], {"CPU": 0.4}) == 5
+    assert cluster.count_fitting(nodes, {"CPU": 0}) == float("inf")
 
 
 def test_room_is_on_the_nodes_with_the_labels() -> None:
     name, node = "ray.io/node-id", ray.nodes()[0]["NodeID"]
-    assert cluster.room({})["CPU"] == 4
+    assert cluster.total_resources({})["CPU"] == 4
     for selector in (node, f"in(a, {node})", "!in(a, b)"):
-        assert cluster.room({name: selector}) == cluster.room({})
-    assert cluster.room({name: f"!in(a, {node})"}) == {"CPU": 0, "GPU": 0, "memory": 0}
+        assert cluster.total_resources({name: selector}) == cluster.total_resources({})
+    assert cluster.total_resources({name: f"!in(a, {node})"}) == {"CPU": 0, "GPU": 0, "memory": 0}
 
 
 def test_a_shortage_is_told_by_its_keys() -> None:
-    assert cluster.shortage("prepare", Resources(cpus=8)).startswith(
+    assert cluster.describe_shortage("prepare", Resources(cpus=8)).startswith(
         "resources.prepare.cpus = 8.0: no room on this cluster's nodes, which have 4 CPUs, 0 GPUs and "
     )
-    told = cluster.shortage("train", TrainResources(gpus=1, labels={"pool": "gpu"}))
+    told = cluster.describe_shortage("train", TrainResources(gpus=1, labels={"pool": "gpu"}))
     assert told == (
         "resources.train.cpus = 1, resources.train.labels = {'pool': 'gpu'}, resources.train.gpus = 1: no room on the "
         "nodes with these labels, which have 0 CPUs, 0 GPUs and 0.0 GB of memory in all, free or not"

@@ -13,8 +13,9 @@ import mlflow
 import pytest
 import ray
 
-from gru.registry import load_bundle
-from gru.training.comparison import DEFAULTS, MEASUREMENTS
+from gru.comparison.contenders import DEFAULTS
+from gru.comparison.trial import MEASUREMENTS
+from gru.registry.bundle import load_bundle
 
 CONFIG = """
 name = "test"
@@ -145,7 +146,7 @@ def test_a_killed_comparison_goes_on_with_the_next_contender(prepared: Path, mlf
         ),
         (["--contender", "a:train.stpes=1"], "error: --contender a: train.stpes: unknown key; known here: "),
         (["--contender", "gru", "--contender", "gru"], "error: --contender gru: given twice"),
-        (["--set", "train.window=20000"], "error: the corpus has "),
+        (["--set", "train.sequence_length=20000"], "error: the corpus has "),
     ],
 )
 def test_a_mistake_is_one_line(prepared: Path, mlflow_store: str, arguments: list[str], says: str) -> None:

@@ -22,12 +22,12 @@ import psutil
 import pytest
 import torch
 
-from gru import evaluation
+from gru.corpus.batches import LaneOrder, LaneReader
 from gru.corpus.dataset import open_dataset
-from gru.corpus.lanes import LaneOrder, LaneReader
-from gru.model.decoder import decoder_for
-from gru.registry import load_bundle
-from gru.training import checkpoint as checkpoints
+from gru.digests import DIGESTS
+from gru.evaluation import scores
+from gru.model.inference import inference_model
+from gru.registry.bundle import load_bundle
 from gru.training.learner import Learner
 from jobs import entry
 from tests.waiting import wait_for
@@ -136,7 +136,7 @@ class Pipeline:
 
     def newest_step(self) -> int:
         """Of the checkpoints that are whole; 0 without any."""
-        found = [p.parent.name for p in self.storage.glob(f"runs/*/step-*/{checkpoints.DIGESTS}")]
+        found = [p.parent.name for p in self.storage.glob(f"runs/*/step-*/{DIGESTS}")]
         return max((int(name.split("-")[1]) for name in found), default=0)
 
     def wait_for_stage(self, stage: str) -> None:
@@ -245,7 +245,9 @@ def test_killed_and_resumed_training_ends_with_the_weights_of_an_undisturbed_one
     threads = torch.get_num_threads()
     torch.set_num_threads(config.train.threads)
     undisturbed = Learner(config.model, config.train, vocab_size, end_of_text)
-    order = LaneOrder([s.tokens for s in segments], config.train.seed, config.train.lanes, config.train.window)
+    order = LaneOrder(
+        [s.tokens for s in segments], config.train.seed, config.train.batch_size, config.train.sequence_length
+    )
     with LaneReader(order, lambda i: dataset.read_segment(segments[i]), end_of_text, undisturbed.lanes) as reader:
         for step in range(config.train.steps):
             undisturbed.train_step(*reader.batch(step))
@@ -261,13 +263,13 @@ def test_killed_and_resumed_training_ends_with_the_weights_of_an_undisturbed_one
 
 def test_rounding_its_weights_to_serve_it_costs_the_model_nothing_that_counts(pipeline: Pipeline) -> None:
     [bundle] = (load_bundle(path) for path in pipeline.storage.glob("runs/*/bundle"))
-    decoder = decoder_for(bundle.model)
+    decoder = inference_model(bundle.model)
     assert decoder is not bundle.model
     [manifest] = pipeline.storage.glob("datasets/*/manifest.json")
     dataset = open_dataset(str(manifest.parent))
     tokens = np.concatenate([dataset.read_segment(segment) for segment in dataset.segments("heldout")])
-    heldout = evaluation.Heldout(tokens, dataset.manifest.end_of_text, len(tokens), len(tokens), "")
-    scored, served = (evaluation.token_losses(model, heldout, 8).mean() for model in (bundle.model, decoder))
+    heldout = scores.HeldoutText(tokens, dataset.manifest.end_of_text, len(tokens), len(tokens), "")
+    scored, served = (scores.token_losses(model, heldout, 8).mean() for model in (bundle.model, decoder))
     assert served == pytest.approx(scored, rel=0.002)
 
 
@@ -503,12 +505,12 @@ def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None
 
 
 def test_a_mistake_that_only_a_stage_can_find_is_one_line_too(pipeline: Pipeline) -> None:
-    command = [*pipeline.command, "--set", "train.window=1000000", "--exit"]
+    command = [*pipeline.command, "--set", "train.sequence_length=1000000", "--exit"]
     done = subprocess.run(command, cwd=pipeline.directory, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: the corpus has ")
-    assert "train.window = 1000000" in done.stderr
+    assert "train.sequence_length = 1000000" in done.stderr
     train = pipeline.status()[-1]["stages"][1]
     assert (train["state"], train["problem"]) == ("failed", done.stderr.splitlines()[-1].removeprefix("error: "))
     assert Path(train["log"]).exists()

@@ -20,7 +20,7 @@ def config_of(corpus: Path, storage: Path, resources: dict[str, Any]) -> Pipelin
             "corpus": {"sources": [str(corpus)], "partition_bytes": 100_000},
             "tokenizer": {"kind": "byte"},
             "model": {"embedding": 16, "hidden": 16},
-            "train": {"steps": 20, "lanes": 4, "window": 16, "threads": 1},
+            "train": {"steps": 20, "batch_size": 4, "sequence_length": 16, "threads": 1},
             "registry": {"experiment": "test"},
             "resources": resources,
         }
@@ -42,7 +42,7 @@ def test_what_is_made_has_the_same_name_wherever_it_is_made(fables: Path, tmp_pa
     def keys(resources: dict[str, Any]) -> list[str]:
         config = config_of(fables, tmp_path, resources)
         prepared, trained = {"digest": "d", "heldout_digest": "h"}, {"key": "t"}
-        made = [stages.train(config, prepared), stages.evaluate(config, prepared, trained)]
-        return [stage.key for stage in (stages.prepare(config), *made)]
+        made = [stages.train_stage(config, prepared), stages.evaluate_stage(config, prepared, trained)]
+        return [stage.key for stage in (stages.prepare_stage(config), *made)]
 
     assert keys({}) == keys({**dict.fromkeys(STAGES, GIVEN), "train": {**GIVEN, "gpus": 1}})

@@ -8,31 +8,31 @@ import pytest
 from gru import storage
 from gru.config import CorpusConfig, TokenizerConfig
 from gru.corpus import shards, sources, tokenizer
-from gru.corpus.shards import Part, Recipe
+from gru.corpus.shards import PartitionResult, ShardContext
 from gru.errors import UserError
 from tests.gru.corpus.reading import write
 
 
-def recipe(corpus: CorpusConfig, directory: Path, parallel: bool = False) -> Recipe:
-    made = tokenizer.train(TokenizerConfig(kind="char"), ["abcxy \n"])
+def context(corpus: CorpusConfig, directory: Path, parallel: bool = False) -> ShardContext:
+    made = tokenizer.train_tokenizer(TokenizerConfig(kind="char"), ["abcxy \n"])
     storage.write_bytes(str(directory / "tokenizer.json"), made.json)
-    return Recipe(str(directory), corpus, made.digest, parallel)
+    return ShardContext(str(directory), corpus, made.digest, parallel)
 
 
-def make(texts: list[str], directory: Path, **settings: object) -> tuple[Recipe, Part]:
+def make(texts: list[str], directory: Path, **settings: object) -> tuple[ShardContext, PartitionResult]:
     path = write(directory.parent / "a.txt", "|".join(texts).encode())
     corpus = CorpusConfig(sources=[path], separator="|", **{"segment_tokens": 100, "heldout_share": 0.3, **settings})
     [partition] = sources.plan(sources.list_files(corpus), corpus)
-    made = recipe(corpus, directory)
+    made = context(corpus, directory)
     return made, shards.draft(made, 7, partition)
 
 
-def texts(recipe: Recipe, path: Path) -> list[str]:
+def texts(context: ShardContext, path: Path) -> list[str]:
     """The documents of a shard; asserts that its row groups are as long as they should be."""
-    reader, coder = pq.ParquetFile(path), recipe.tokenizer()
+    reader, coder = pq.ParquetFile(path), context.tokenizer()
     groups = [reader.read_row_group(i)["tokens"].to_pylist() for i in range(reader.num_row_groups)]
     lengths = [sum(map(len, group)) for group in groups]
-    assert all(length >= recipe.corpus.segment_tokens for length in lengths[:-1])
+    assert all(length >= context.corpus.segment_tokens for length in lengths[:-1])
     tokens = [token for group in groups for row in group for token in row]
     ends = [i for i, token in enumerate(tokens) if token == coder.end_of_text]
     assert ends[-1] == len(tokens) - 1
@@ -70,14 +70,14 @@ def test_without_its_repeats_a_shard_is_as_if_they_had_never_been_there(tmp_path
         given = random_texts(120, trial)
         gone = np.array([rng.random() < 0.3 for _ in given])
         made, part = make(given, tmp_path / f"{trial}" / "d")
-        left = shards.without(made, 7, part, gone)
+        left = shards.rewrite_without(made, 7, part, gone)
         stay = [text for text, goes in zip(given, gone, strict=True) if not goes]
         other, expected = make(stay, tmp_path / f"{trial}" / "e")
         assert (left.shards, left.heldout) == (expected.shards, expected.heldout)
         for shard in left.shards:
             path = tmp_path / f"{trial}" / "d" / shard.name
             assert path.read_bytes() == Path(other.part_file(shard.name)).read_bytes()
-    everything = shards.without(made, 7, part, np.ones(120, dtype=bool))
+    everything = shards.rewrite_without(made, 7, part, np.ones(120, dtype=bool))
     assert everything.shards == [] and int(everything.heldout, 16) == 0
 
 
@@ -87,5 +87,5 @@ def test_a_draft_that_fails_leaves_no_file(tmp_path: Path) -> None:
     corpus = CorpusConfig(sources=[path], separator="|", segment_tokens=100, on_bad="fail")
     [partition] = sources.plan(sources.list_files(corpus), corpus)
     with pytest.raises(UserError, match=r"a.txt: not valid UTF-8"):
-        shards.draft(recipe(corpus, tmp_path / "d"), 0, partition)
+        shards.draft(context(corpus, tmp_path / "d"), 0, partition)
     assert [p.name for p in (tmp_path / "d").rglob("*") if p.is_file()] == ["tokenizer.json"]

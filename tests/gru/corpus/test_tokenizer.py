@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 
 from gru.config import TokenizerConfig
-from gru.corpus.tokenizer import END_OF_TEXT, Tokenizer, load, train
+from gru.corpus.tokenizer import END_OF_TEXT, Tokenizer, load, train_tokenizer
 from gru.errors import UserError
 
 TEXTS = [
@@ -31,7 +31,7 @@ AWKWARD = [
 
 @pytest.fixture(scope="module", params=["bpe", "char", "byte"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    return train(TokenizerConfig(kind=request.param, vocab_size=400), TEXTS)
+    return train_tokenizer(TokenizerConfig(kind=request.param, vocab_size=400), TEXTS)
 
 
 def random_texts(count: int) -> list[str]:
@@ -73,29 +73,29 @@ def test_a_saved_tokenizer_loads_and_training_is_deterministic(tokenizer: Tokeni
     assert (loaded.digest, loaded.vocab_size) == (tokenizer.digest, tokenizer.vocab_size)
     assert loaded.token_bytes[loaded.end_of_text] == b""
     kinds = {"table": ["char", "byte"], "gigatoken": ["bpe"]}[tokenizer.backend]
-    again = [train(TokenizerConfig(kind=kind, vocab_size=400), TEXTS[::-1]).digest for kind in kinds]
+    again = [train_tokenizer(TokenizerConfig(kind=kind, vocab_size=400), TEXTS[::-1]).digest for kind in kinds]
     assert tokenizer.digest in again
 
 
 def test_vocabulary_is_of_the_size_asked_for() -> None:
-    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
     assert bpe.vocab_size == 300
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0])
-    char = train(TokenizerConfig(kind="char", vocab_size=260), ["aabbbcdd"])
+    char = train_tokenizer(TokenizerConfig(kind="char", vocab_size=260), ["aabbbcdd"])
     assert char.vocab_size == 260
     assert [char.decode([i]) for i in range(3)] == ["b", "a", "d"]
     assert char.encode("c").tolist() == [3 + ord("c")]
-    assert train(TokenizerConfig(kind="byte"), TEXTS).vocab_size == 257
-    assert train(TokenizerConfig(kind="bpe"), []).vocab_size == 257
+    assert train_tokenizer(TokenizerConfig(kind="byte"), TEXTS).vocab_size == 257
+    assert train_tokenizer(TokenizerConfig(kind="bpe"), []).vocab_size == 257
 
 
 def test_halves_of_a_character_decode_to_replacements() -> None:
-    byte = train(TokenizerConfig(kind="byte"), [])
+    byte = train_tokenizer(TokenizerConfig(kind="byte"), [])
     assert byte.decode(byte.encode("黃")[:2]) == "\ufffd"
 
 
 def test_training_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
-    train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
     assert capfd.readouterr() == ("", "")
 
 
@@ -104,7 +104,7 @@ def test_encoding_falls_back_where_gigatoken_fails(
 ) -> None:
     import gigatoken
 
-    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
     assert bpe.backend == "gigatoken"
     monkeypatch.setattr(gigatoken, "Tokenizer", None)
     other = Tokenizer(bpe.json)
@@ -116,12 +116,12 @@ def test_encoding_falls_back_where_gigatoken_fails(
 
 def test_a_tokenizer_made_elsewhere_keeps_its_end_of_text_or_is_given_one(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
     config = json.loads(bpe.json)
     path.write_text(json.dumps(config | {"added_tokens": []}))
-    without = load(str(path))
-    assert (without.end_of_text, without.vocab_size) == (299, 300)
-    assert Tokenizer(without.json).end_of_text == 299
+    rewrite_without = load(str(path))
+    assert (rewrite_without.end_of_text, rewrite_without.vocab_size) == (299, 300)
+    assert Tokenizer(rewrite_without.json).end_of_text == 299
     end, start = (
         config["added_tokens"][0] | {"content": "</s>"},
         config["added_tokens"][0] | {"content": "<s>", "id": 300},
@@ -138,7 +138,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         load(str(path))
-    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
+    bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
 
     def refused(message: str, **changes: object) -> None:
         path.write_text(json.dumps(json.loads(bpe.json) | changes))
@@ -155,7 +155,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
 
 def test_encoding_takes_no_more_memory_the_more_it_has_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gru.corpus.tokenizer._RENEWED_AFTER", 500_000)
-    bpe = train(TokenizerConfig(kind="bpe", vocab_size=300), ["黃河入海流"])
+    bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), ["黃河入海流"])
     assert bpe.backend == "gigatoken"
     chance = np.random.default_rng(0)
 

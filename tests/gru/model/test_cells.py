@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gru.config import Cell, ModelConfig, TrainConfig
-from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.corpus.batches import LaneOrder, LaneReader
+from gru.generation.engine import Engine, Request
+from gru.generation.sampling import SamplingParams
 from gru.model.cells import CELLS, LSTM, RNN, MinGRU, recur, scan
 from gru.model.language_model import GRULanguageModel
-from gru.serving.engine import Engine, Request
-from gru.serving.sampling import SamplingParams
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
 
@@ -64,15 +64,15 @@ def draw(name: Cell, T: int, B: int, E: int, H: int) -> tuple[Tensor, Tensor]:
     return torch.randn(T, B, E, **options), torch.randn(B, CELLS[name].vectors * H, **options)
 
 
-@pytest.mark.parametrize("products", TOLERANCES)
+@pytest.mark.parametrize("matmul_dtype", TOLERANCES)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 4, 8, 8), (7, 1, 5, 3), (33, 5, 64, 48)])
 @pytest.mark.parametrize("name", OTHERS)
 def test_values_and_gradients_are_those_of_the_published_equations(
-    name: Cell, shape: tuple[int, int, int, int], products: torch.dtype
+    name: Cell, shape: tuple[int, int, int, int], matmul_dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     _, _, E, H = shape
-    cell = CELLS[name].build(E, H, products)
+    cell = CELLS[name].build(E, H, matmul_dtype)
     x, state = draw(name, *shape)
     exact = [parameter.detach().double().requires_grad_() for parameter in cell.parameters()]
 
@@ -85,8 +85,8 @@ def test_values_and_gradients_are_those_of_the_published_equations(
     for index, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert one.dtype == torch.float32
         error = (one - other).abs().max() / other.abs().max()
-        assert error < TOLERANCES[products], f"{index}: off by {error:.1e}"
-    cell.double().products = torch.float64
+        assert error < TOLERANCES[matmul_dtype], f"{index}: off by {error:.1e}"
+    cell.double().matmul_dtype = torch.float64
     for one, other in zip(outcome(cell, x, state, list(cell.parameters())), expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
@@ -105,18 +105,18 @@ def test_the_scan_is_the_recurrence(T: int, sharpness: float) -> None:
         torch.testing.assert_close(one, other, atol=1e-3 * float(other.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize("products", TOLERANCES)
+@pytest.mark.parametrize("matmul_dtype", TOLERANCES)
 @pytest.mark.parametrize("name", OTHERS)
-def test_carried_state_makes_windows_one_sequence(name: Cell, products: torch.dtype) -> None:
+def test_carried_state_makes_windows_one_sequence(name: Cell, matmul_dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    cell = CELLS[name].build(16, 24, products)
+    cell = CELLS[name].build(16, 24, matmul_dtype)
     x, state = (tensor.float() for tensor in draw(name, 40, 4, 16, 24))
     whole, end = cell(x, state)
     parts = []
     for window in x.split([1, 8, 31]):
         out, state = cell(window, state)
         parts.append(out)
-    tolerance = TOLERANCES[products]
+    tolerance = TOLERANCES[matmul_dtype]
     torch.testing.assert_close(torch.cat(parts), whole, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(state, end, atol=tolerance, rtol=tolerance)
 
@@ -135,14 +135,14 @@ def test_states_are_kept_by_default() -> None:
 
 def train(learner: Learner, steps: int) -> list[float]:
     config = learner.config
-    order = LaneOrder([len(CORPUS)], config.seed, config.lanes, config.window)
+    order = LaneOrder([len(CORPUS)], config.seed, config.batch_size, config.sequence_length)
     with LaneReader(order, lambda index: CORPUS, END, learner.lanes) as reader:
         return [float(learner.train_step(*reader.batch(learner.step))[0]) for _ in range(steps - learner.step)]
 
 
 def learner(name: Cell) -> Learner:
     model = ModelConfig(embedding=32, hidden=40, layers=2, dropout=0.1, cell=name)
-    return Learner(model, TrainConfig(steps=100, lanes=4, window=16, warmup_steps=5), VOCAB, END)
+    return Learner(model, TrainConfig(steps=100, batch_size=4, sequence_length=16, warmup_steps=5), VOCAB, END)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -5,16 +5,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gru.corpus.lanes import sliding_batches
-from gru.evaluation import stream_loss
+from gru.corpus.batches import sliding_batches
+from gru.model.stream_loss import stream_loss
 from gru.model.transformer import Transformer, TransformerConfig, angles, nearest, rotate
 
 SMALL = TransformerConfig(width=32, layers=2, heads=2, feed_forward=64)
 
 
-def make(config: TransformerConfig = SMALL, products: torch.dtype = torch.float32) -> Transformer:
+def make(config: TransformerConfig = SMALL, matmul_dtype: torch.dtype = torch.float32) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(config, 50, products)
+    return Transformer(config, 50, matmul_dtype)
 
 
 def test_a_token_depends_on_the_past_alone() -> None:
@@ -44,15 +44,15 @@ def test_attention_is_the_published_one() -> None:
 def test_products_of_turned_vectors_depend_on_their_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).expand(2, 1, 1, 40, 16)
     turns = angles(40, 16, q)
-    products = rotate(q, turns)[0, 0] @ rotate(k, turns)[0, 0].T
+    matmul_dtype = rotate(q, turns)[0, 0] @ rotate(k, turns)[0, 0].T
     for distance in (0, 1, 7):
-        diagonal = products.diagonal(-distance)
+        diagonal = matmul_dtype.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
 
 
-@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16])
-def test_its_loss_is_that_of_its_logits(products: torch.dtype) -> None:
-    model = make(products=products)
+@pytest.mark.parametrize("matmul_dtype", [torch.float32, torch.bfloat16])
+def test_its_loss_is_that_of_its_logits(matmul_dtype: torch.dtype) -> None:
+    model = make(matmul_dtype=matmul_dtype)
     inputs, targets = torch.randint(0, 50, (2, 30, 4))
     weights = torch.rand(30, 4)
     exact = make()
@@ -60,7 +60,7 @@ def test_its_loss_is_that_of_its_logits(products: torch.dtype) -> None:
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     loss, _ = model.loss(inputs, targets, model.initial_state(4), weights_TB=weights)
     torch.testing.assert_close(
-        loss, losses.dot(weights.flatten()), rtol=1e-5 if products == torch.float32 else 1e-2, atol=0
+        loss, losses.dot(weights.flatten()), rtol=1e-5 if matmul_dtype == torch.float32 else 1e-2, atol=0
     )
     assert losses.mean().item() == pytest.approx(math.log(50), rel=0.05)
 

@@ -14,15 +14,16 @@ import uvicorn
 
 from gru.config import ModelConfig, ServeConfig, TokenizerConfig
 from gru.corpus import tokenizer as tokenizers
+from gru.generation.engine import Engine
 from gru.model.language_model import GRULanguageModel
-from gru.registry import Bundle, Version
-from gru.serving.engine import Engine
-from gru.serving.generation import Served
+from gru.registry.bundle import Bundle
+from gru.registry.versions import Version
+from gru.serving.loaded_model import LoadedModel
 
 
 def tiny_bundle() -> Bundle:
     """A model of bytes that has learned nothing, but prefers to write printable ones and seldom ends."""
-    tokenizer = tokenizers.train(TokenizerConfig(kind="byte"), ["any text"])
+    tokenizer = tokenizers.train_tokenizer(TokenizerConfig(kind="byte"), ["any text"])
     torch.manual_seed(0)
     model = GRULanguageModel(ModelConfig(embedding=16, hidden=16), tokenizer.vocab_size).eval()
     with torch.no_grad():
@@ -60,7 +61,7 @@ class Server:
     url: str
     config: ServeConfig
     bundle: Bundle
-    served: list[Served] = field(default_factory=list)
+    served: list[LoadedModel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model = Slowed(self.bundle.model)
@@ -74,7 +75,7 @@ class Server:
         values = {"name": "poet", "version": version, "run_id": "r1", "bits_per_byte": 2.5, "created": 17}
         others = {name: "" for name in Version.__dataclass_fields__ if name not in values}
         rest = [each for each in self.served if each.alias != alias]
-        fresh = Served(engine, self.bundle, Version(**values, **others), alias)
+        fresh = LoadedModel(engine, self.bundle, Version(**values, **others), alias)
         self.served[:] = [fresh, *rest] if alias == "champion" else [*rest, fresh]
         return engine
 

@@ -17,9 +17,9 @@ import torch
 
 from gru.config import CanaryConfig, ServeConfig
 from gru.errors import UserError
-from gru.serving import access
-from gru.serving.access import new_key
+from gru.serving import auth
 from gru.serving.api import create_app
+from gru.serving.auth import new_key
 from tests.gru.serving.server import Server, listening, tiny_bundle
 
 CONFIG = ServeConfig(
@@ -460,7 +460,7 @@ def test_a_request_that_takes_too_long_ends(running: Server) -> None:
 def test_keys_are_asked_for_and_never_logged(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(auth, "REFRESH_SECONDS", 0.0)
     (alice, alice_line), (bob, bob_line) = new_key("alice"), new_key("bob")
     file = tmp_path / "keys"
     file.write_text(f"# who may ask\n{alice_line}\n")

@@ -20,15 +20,16 @@ import pytest
 import torch
 from ray import serve
 
-from gru import registry, tracking
 from gru.config import ModelConfig, ServeConfig, ServeResources, TokenizerConfig
-from gru.corpus.tokenizer import Tokenizer, train
-from gru.evaluation import sample_ids
+from gru.corpus.tokenizer import Tokenizer, train_tokenizer
+from gru.generation.generate import generate_ids
+from gru.generation.sampling import SamplingParams
 from gru.model.language_model import GRULanguageModel
 from gru.network import free_port
-from gru.registry import CHAMPION, Bundle
+from gru.registry import tracking, versions
+from gru.registry.bundle import Bundle, load_bundle
+from gru.registry.versions import CHAMPION
 from gru.serving import deployment
-from gru.serving.sampling import SamplingParams
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.faults
@@ -60,7 +61,7 @@ class Endpoint:
     def expected(self, version: int, seed: int = 1, tokens: int = 30) -> str:
         """What that version writes, by an engine in this process."""
         bundle = self.bundles[version - 1]
-        [ids] = sample_ids(bundle.model, bundle.tokenizer, "A fox", tokens, [SamplingParams(seed)])
+        [ids] = generate_ids(bundle.model, bundle.tokenizer, "A fox", tokens, [SamplingParams(seed)])
         return bundle.tokenizer.decode(ids)
 
 
@@ -74,13 +75,13 @@ def endpoint(ray_local: None, empty_database: Path, tmp_path_factory: pytest.Tem
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         mlflow.set_tracking_uri(uri)
         mlflow.MlflowClient().create_experiment("test", artifact_location=str(directory / "artifacts"))
-        tokenizer = train(TokenizerConfig(kind="char"), ["A crow met a fox."])
+        tokenizer = train_tokenizer(TokenizerConfig(kind="char"), ["A crow met a fox."])
         run = tracking.open_run("test", "key", "promote")
         bundles = []
         for seed in range(3):
             path = str(write_bundle(directory / str(seed), tokenizer, seed))
-            registry.register(run, "poet", path, 2.0, "text")
-            bundles.append(registry.load_bundle(path))
+            versions.register(run, "poet", path, 2.0, "text")
+            bundles.append(load_bundle(path))
         made = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, bundles)
         made.name(1)
         deployment.deploy(made.config, ServeResources(), "poet", uri)
@@ -95,7 +96,7 @@ def write_bundle(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
     model = GRULanguageModel(MODEL, tokenizer.vocab_size)
     with torch.no_grad():
         model.output_bias[tokenizer.end_of_text] = -100
-    registry.write_bundle(str(path), MODEL, model.state_dict(), tokenizer, {})
+    write_bundle(str(path), MODEL, model.state_dict(), tokenizer, {})
     return path
 
 

@@ -22,11 +22,12 @@ from selenium.webdriver.remote.webelement import WebElement
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gru.config import ServeConfig
-from gru.registry import Bundle, Version
-from gru.serving.access import digest
+from gru.generation.engine import Engine
+from gru.registry.bundle import Bundle
+from gru.registry.versions import Version
 from gru.serving.api import create_app
-from gru.serving.engine import Engine
-from gru.serving.generation import Served
+from gru.serving.auth import digest
+from gru.serving.loaded_model import LoadedModel
 from gru.serving.playground import PAGE
 from tests.gru.serving.server import listening, tiny_bundle
 
@@ -111,7 +112,7 @@ class Site:
 
     def __init__(self, config: ServeConfig) -> None:
         self.engines: list[Engine] = []
-        self._served: list[Served] = []
+        self._served: list[LoadedModel] = []
         self.wire = Wire(create_app(lambda: self._served, config))
         self._open = ExitStack()
         self.url = self._open.enter_context(listening(self.wire))
@@ -122,7 +123,7 @@ class Site:
         values = {"name": "poet", "version": version, "run_id": "r1", "bits_per_byte": 2.5, "created": 17}
         others = {name: "" for name in Version.__dataclass_fields__ if name not in values}
         bundle = Bundle(model, TOKENIZER, {}, f"digest {version}")  # type: ignore[arg-type]
-        self._served[:] = [Served(engine, bundle, Version(**values, **others))]  # type: ignore[arg-type]
+        self._served[:] = [LoadedModel(engine, bundle, Version(**values, **others))]  # type: ignore[arg-type]
         return engine
 
     def answer(self, **fields: Any) -> Any:

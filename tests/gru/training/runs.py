@@ -21,8 +21,9 @@ from ray._private.node import Node as ClusterNode
 from ray.cluster_utils import Cluster
 
 from gru.config import PipelineConfig
+from gru.corpus.batches import LaneOrder, LaneReader
 from gru.corpus.dataset import Dataset
-from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.digests import DIGESTS
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
 from tests.waiting import wait_for
@@ -30,8 +31,8 @@ from tests.waiting import wait_for
 MODEL = {"embedding": 48, "hidden": 96, "layers": 2, "dropout": 0.1, "precision": "fp32"}
 TRAIN = {
     "steps": 500,
-    "lanes": 8,
-    "window": 32,
+    "batch_size": 8,
+    "sequence_length": 32,
     "workers": 2,
     "threads": 1,
     "log_steps": 5,
@@ -152,7 +153,7 @@ class Training:
         assert self.process.poll() is None, self.stderr
 
     def newest_step(self) -> int:
-        whole = [path.parent.name for path in self.storage.glob(f"runs/*/step-*/{checkpoints.DIGESTS}")]
+        whole = [path.parent.name for path in self.storage.glob(f"runs/*/step-*/{DIGESTS}")]
         return max((int(name.split("-")[1]) for name in whole), default=0)
 
     def workers(self) -> list[psutil.Process]:
@@ -221,7 +222,9 @@ class Training:
 def undisturbed(config: PipelineConfig, dataset: Dataset, steps: int) -> Learner:
     """What one process makes of the same, without Ray."""
     segments, manifest = dataset.segments("train"), dataset.manifest
-    order = LaneOrder([s.tokens for s in segments], config.train.seed, config.train.lanes, config.train.window)
+    order = LaneOrder(
+        [s.tokens for s in segments], config.train.seed, config.train.batch_size, config.train.sequence_length
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     learner = Learner(config.model, config.train, manifest.vocab_size, manifest.end_of_text)

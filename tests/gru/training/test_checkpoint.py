@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from gru import storage
+from gru.digests import DIGESTS, DamagedFiles
 from gru.errors import UserError
 from gru.training import checkpoint as checkpoints
-from gru.training.checkpoint import Checkpoint, DamagedFiles
+from gru.training.checkpoint import Checkpoint
 
 IDENTITY = {"dataset": "d1", "model": {"hidden": 8}}
 
@@ -46,7 +47,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
 ) -> None:
     write(tmp_path, 1)
     newest = write(tmp_path, 2)
-    weights, digests = newest / "model.safetensors", newest / checkpoints.DIGESTS
+    weights, digests = newest / "model.safetensors", newest / DIGESTS
     if damage == "flipped byte":
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
@@ -96,7 +97,7 @@ def test_an_incomplete_one_is_not_counted_among_those_kept(tmp_path: Path) -> No
     for step in (1, 2, 3, 4):
         directory = write(tmp_path, step)
         if step > 2:
-            (directory / checkpoints.DIGESTS).unlink()
+            (directory / DIGESTS).unlink()
     checkpoints.prune(str(tmp_path), keep=1)
     assert [step_of(path) for path in checkpoints.paths(str(tmp_path))] == [2]
 

@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from gru.corpus.dataset import open_dataset
+from gru.digests import DIGESTS
 from gru.training import checkpoint as checkpoints
 from jobs import entry
 from tests.gru.training.runs import TRAIN, Site, Training, assert_same, cluster_of, undisturbed
@@ -123,7 +124,7 @@ def test_killed_while_a_checkpoint_is_written(start: Callable[..., Training], ex
     run.wait_for_step(40)
 
     def half_written() -> list[Path]:
-        return [p for p in run.directory.glob("step-*") if p.is_dir() and not (p / checkpoints.DIGESTS).exists()]
+        return [p for p in run.directory.glob("step-*") if p.is_dir() and not (p / DIGESTS).exists()]
 
     for _ in range(3):  # it may become whole before the kill arrives
         wait_for("half a checkpoint", half_written, every=0)
@@ -146,7 +147,7 @@ def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[...,
     def half_uploaded() -> bool:
         found = files.glob("corpora/store/runs/*/step-*/*")
         steps = {path.rsplit("/", 1)[0] for path in found}
-        whole = {path.rsplit("/", 1)[0] for path in found if path.endswith(f"/{checkpoints.DIGESTS}")}
+        whole = {path.rsplit("/", 1)[0] for path in found if path.endswith(f"/{DIGESTS}")}
         return bool(whole) and bool(steps - whole)
 
     wait_for("half a checkpoint", half_uploaded, every=0)
@@ -166,7 +167,7 @@ def test_the_disk_is_full_and_then_away_for_20_seconds(start: Callable[..., Trai
         worker.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
     run.wait_for_line("could not be saved, and will be tried again: [Errno 27] File too large")
     kept = [Path(path) for path in checkpoints.paths(str(run.directory))]
-    at = max(checkpoints.load(str(path)).step for path in kept if (path / checkpoints.DIGESTS).exists())
+    at = max(checkpoints.load(str(path)).step for path in kept if (path / DIGESTS).exists())
     assert at >= 60
     for worker in workers:
         worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
@@ -203,8 +204,8 @@ def test_told_to_stop_and_then_a_byte_of_the_newest_checkpoint_flipped(
     run.close()
     kill_all(run.workers())
     newest = Path(checkpoints.paths(str(run.directory))[0])
-    whole = max(p for p in run.directory.glob("step-*") if (p / checkpoints.DIGESTS).exists())
-    assert newest == whole or not (newest / checkpoints.DIGESTS).exists()
+    whole = max(p for p in run.directory.glob("step-*") if (p / DIGESTS).exists())
+    assert newest == whole or not (newest / DIGESTS).exists()
     weights = whole / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

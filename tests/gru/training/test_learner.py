@@ -11,14 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from gru.config import ModelConfig, TrainConfig
-from gru.corpus.lanes import LaneOrder, LaneReader
+from gru.corpus.batches import LaneOrder, LaneReader
 from gru.model.precision import Precision
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Diverged, Learner, learning_rate, own_lanes
 
 MODEL = ModelConfig(embedding=16, hidden=24, layers=2, dropout=0.2, precision="fp32")
 PRECISIONS: list[Precision] = ["fp32", "bf16"]
-CONFIG = TrainConfig(steps=12, lanes=6, window=8, warmup_steps=2, seed=3)
+CONFIG = TrainConfig(steps=12, batch_size=6, sequence_length=8, warmup_steps=2, seed=3)
 VOCAB, END = 20, 0
 
 
@@ -29,7 +29,7 @@ def tokens() -> np.ndarray:
 def train(learner: Learner, steps: int) -> list[float]:
     """Losses of the learner's own lanes, from where it is up to `steps`."""
     corpus, losses = tokens(), []
-    order = LaneOrder([400, 400], CONFIG.seed, CONFIG.lanes, CONFIG.window)
+    order = LaneOrder([400, 400], CONFIG.seed, CONFIG.batch_size, CONFIG.sequence_length)
     with LaneReader(order, lambda i: corpus[400 * i : 400 * (i + 1)], END, learner.lanes) as reader:
         while learner.step < steps:
             loss, _ = learner.train_step(*reader.batch(learner.step))
@@ -72,10 +72,10 @@ def test_precisions_agree_on_the_loss() -> None:
 
 
 def test_it_learns() -> None:
-    config = TrainConfig(steps=150, lanes=4, window=16, warmup_steps=5)
+    config = TrainConfig(steps=150, batch_size=4, sequence_length=16, warmup_steps=5)
     pupil = Learner(ModelConfig(embedding=32, hidden=32), config, VOCAB, END)
     corpus = np.tile(np.arange(1, 11, dtype=np.uint16), 200)
-    order = LaneOrder([len(corpus)], 0, config.lanes, config.window)
+    order = LaneOrder([len(corpus)], 0, config.batch_size, config.sequence_length)
     with LaneReader(order, lambda i: corpus, END, pupil.lanes) as reader:
         losses = [float(pupil.train_step(*reader.batch(step))[0]) for step in range(150)]
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.1)
@@ -188,7 +188,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_its_lanes(config: T
 
 def test_every_lane_has_one_owner() -> None:
     for lanes, world, parts in [(6, 4, 0), (32, 3, 0), (5, 5, 0), (64, 1, 0), (6, 3, 4), (32, 4, 8), (7, 1, 3)]:
-        config = TrainConfig(lanes=lanes, workers=world, bitwise_elastic=parts)
+        config = TrainConfig(batch_size=lanes, workers=world, bitwise_elastic=parts)
         owned = [lane for rank in range(world) for lane in own_lanes(config, rank, world)]
         assert owned == list(range(lanes))
 

@@ -7,19 +7,21 @@ import mlflow
 import numpy as np
 import pytest
 
-from gru import tracking
 from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainResources
+from gru.corpus.batches import LaneOrder, LaneReader
 from gru.corpus.dataset import Dataset
-from gru.corpus.lanes import LaneOrder, LaneReader
 from gru.corpus.prepare import prepare
 from gru.errors import UserError
+from gru.registry import tracking
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
-from gru.training.loop import DIVERGENCE
 from gru.training.trainer import train
+from gru.training.worker_loop import DIVERGENCE
 
 MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1, precision="fp32")
-CONFIG = TrainConfig(steps=60, lanes=6, window=16, workers=2, threads=1, heldout_steps=20, checkpoint_seconds=0.5)
+CONFIG = TrainConfig(
+    steps=60, batch_size=6, sequence_length=16, workers=2, threads=1, heldout_steps=20, checkpoint_seconds=0.5
+)
 GIVEN = TrainResources()
 
 
@@ -45,7 +47,7 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
 
     alone = Learner(MODEL, CONFIG, dataset.manifest.vocab_size, dataset.manifest.end_of_text)
     segments = dataset.segments("train")
-    order = LaneOrder([segment.tokens for segment in segments], CONFIG.seed, CONFIG.lanes, CONFIG.window)
+    order = LaneOrder([segment.tokens for segment in segments], CONFIG.seed, CONFIG.batch_size, CONFIG.sequence_length)
     losses = []
     with LaneReader(
         order, lambda i: dataset.read_segment(segments[i]), dataset.manifest.end_of_text, alone.lanes
@@ -78,7 +80,9 @@ def test_training_that_diverges_says_so_and_is_not_tried_again(
     saved = checkpoints.load(newest)
     assert saved.step == report["step"] - 1
     assert all(bool(tensor.isfinite().all()) for tensor in saved.tensors["model"].values())
-    order = LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.lanes, config.window)
+    order = LaneOrder(
+        [s.tokens for s in dataset.segments("train")], config.seed, config.batch_size, config.sequence_length
+    )
     epoch, start, stop = order.window_of(saved.step)
     segments, end_of_text, tokenizer = dataset.segments("train"), dataset.manifest.end_of_text, dataset.tokenizer()
     for suspect in report["lanes"]:
@@ -92,6 +96,6 @@ def test_training_that_diverges_says_so_and_is_not_tried_again(
 
 
 def test_a_corpus_smaller_than_a_window_for_each_lane_is_refused(dataset: Dataset, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"lanes": 1000, "window": 1000})
-    with pytest.raises(UserError, match=r"too few for train.lanes = 1000"):
+    config = CONFIG.model_copy(update={"batch_size": 1000, "sequence_length": 1000})
+    with pytest.raises(UserError, match=r"too few for train.batch_size = 1000"):
         train(MODEL, config, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow.get_tracking_uri(), "none", print)

@@ -25,6 +25,6 @@ def test_one_that_goes_on_is_left_alone_and_so_is_one_that_has_ended() -> None:
     with Watchdog(0.5, lambda place, stack: heard.append(place)) as watchdog:
         for _ in range(20):
             time.sleep(0.05)
-            watchdog.beat()
+            watchdog.heartbeat()
     time.sleep(0.7)
     assert not heard

@@ -1,0 +1,52 @@
+"""Token ids to pieces of text, as they come. It knows bytes and stop strings, no model and no HTTP."""
+
+import codecs
+from collections.abc import Sequence
+
+
+class Detokenizer:
+    """Turns one stream's tokens into text that will not change any more.
+
+    A character that is not complete is held back, and so is text that may be the beginning of a stop string.
+    The text ends before the stop string that is complete first; from then on `stopped` is true. `decoded` counts the
+    characters that the tokens have completed, `released` those that were given.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
+        assert all(stops), "an empty stop string would stop at once"
+        self.stopped = False
+        self.decoded = self.released = 0
+        self._token_bytes = token_bytes
+        self._stops = stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes; it may be empty."""
+        return self._release(self._decoder.decode(self._token_bytes[token]))
+
+    def finish(self) -> str:
+        """What was held back, at the end of the stream; bytes that form no character become U+FFFD."""
+        text = self._release(self._decoder.decode(b"", final=True)) + self._held
+        self.released += len(self._held)
+        self._held = ""
+        return text
+
+    def _release(self, new: str) -> str:
+        if self.stopped or not new:
+            return ""
+        self.decoded += len(new)
+        text = self._held + new
+        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            self.stopped, end = True, min(found)[1]
+        else:
+            end = len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
+        self._held = "" if self.stopped else text[end:]
+        self.released += end
+        return text[:end]
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, but not the whole of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

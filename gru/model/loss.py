@@ -1,0 +1,88 @@
+"""The output layer and its loss, without the logits of a whole window in memory.
+
+N tokens, C tokens of a chunk, E embedding width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gru.model.workspace import workspace
+
+CHUNK_LOGITS = 1 << 24
+"""Most logits in memory at a time: 32 MiB in bf16."""
+
+BLOCK_LOGITS = 1 << 19
+"""Logits whose softmax is computed at once: few enough to stay in cache."""
+
+
+def cross_entropy(
+    x_NE: Tensor,
+    weight_VE: Tensor,
+    bias_V: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor | None,
+    matmul_dtype: torch.dtype,
+) -> Tensor:
+    """Summed cross-entropy in nats of softmax(x W^T + b) with the targets, times the weight of each where given.
+
+    `products` is the type that the factors of matrix products are rounded to; everything else stays in the type of x.
+    """
+    return CrossEntropy.apply(x_NE, weight_VE, bias_V, targets_N, weights_N, matmul_dtype, torch.is_grad_enabled())
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Computes the gradients along with the loss, chunk by chunk, so that logits are neither kept nor computed twice:
+    with a sum, all that backward can add is one factor. It can be run only once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NE: Tensor,
+        weight_VE: Tensor,
+        bias_V: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor | None,
+        matmul_dtype: torch.dtype,
+        differentiate: bool,
+    ) -> Tensor:
+        N, V = len(x_NE), len(weight_VE)
+        chunk, block = (min(N, max(1, most // V)) for most in (CHUNK_LOGITS, BLOCK_LOGITS))
+        factor_NE, factor_VE = x_NE.to(matmul_dtype), weight_VE.to(matmul_dtype)
+        factor_EV = factor_VE.t().contiguous()  # products of contiguous factors are fastest
+        logits_CV = workspace.take((chunk, V), factor_NE)
+        exact_KV = workspace.take((block, V), x_NE)
+        if differentiate:
+            d_x_NE = torch.empty_like(x_NE)
+            d_weight_EV, d_bias_V = x_NE.new_zeros(x_NE.shape[1], V), torch.zeros_like(bias_V)
+        total = x_NE.new_zeros(())
+        for start in range(0, N, chunk):
+            rows = slice(start, min(start + chunk, N))
+            logits = torch.mm(factor_NE[rows], factor_EV, out=logits_CV[: rows.stop - start])
+            for first in range(start, rows.stop, block):
+                some = slice(first, min(first + block, rows.stop))
+                part = logits[first - start : some.stop - start]
+                exact = exact_KV[: len(part)].copy_(part).add_(bias_V)
+                torch.log_softmax(exact, 1, out=exact)
+                targets_K1 = targets_N[some].unsqueeze(1)
+                losses_K = -exact.gather(1, targets_K1).squeeze(1)
+                total += losses_K.sum() if weights_N is None else losses_K.dot(weights_N[some])
+                if not differentiate:
+                    continue
+                exact.exp_().scatter_add_(1, targets_K1, exact.new_full((), -1).expand_as(targets_K1))
+                if weights_N is not None:
+                    exact *= weights_N[some].unsqueeze(1)
+                d_bias_V += exact.sum(0)
+                part.copy_(exact)  # now a gradient
+            if differentiate:
+                d_x_NE[rows] = torch.mm(logits, factor_VE)
+                d_weight_EV += torch.mm(factor_NE[rows].t(), logits).to(x_NE.dtype)  # read transposed: the narrower
+        workspace.give(logits_CV, exact_KV)
+        if differentiate:
+            ctx.save_for_backward(d_x_NE, d_weight_EV.t().contiguous(), d_bias_V)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient.mul_(d_total) for gradient in ctx.saved_tensors), None, None, None, None

@@ -1,0 +1,64 @@
+"""The model bundle: a directory with all that generation needs.
+
+weights.safetensors, config.json, tokenizer.json, lineage.json, and digests.json, written last.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from gru import storage
+from gru.config import ModelConfig
+from gru.corpus.tokenizer import Tokenizer
+from gru.digests import DIGESTS, read_verified, write_digests
+from gru.model.language_model import GRULanguageModel, with_current_names
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model with all that generation needs."""
+
+    model: GRULanguageModel
+    tokenizer: Tokenizer
+    lineage: dict[str, Any]
+    digest: str
+
+
+def write_bundle(
+    path: str,
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    lineage: Mapping[str, Any],
+) -> None:
+    model = {"model": config.model_dump(), "vocab_size": tokenizer.vocab_size}
+    with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
+        directory = Path(temporary)
+        (directory / "weights.safetensors").write_bytes(save_tensors(dict(weights)))
+        (directory / "config.json").write_text(json.dumps(model, indent=1))
+        (directory / "tokenizer.json").write_bytes(tokenizer.json)
+        (directory / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False))
+        write_digests(directory)
+        storage.upload(directory, path, last=DIGESTS)
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle and check every file against its digest. Raises DamagedFiles."""
+    files = read_verified(str(path))
+    config = json.loads(files["config.json"])
+    model = GRULanguageModel(ModelConfig(**config["model"]), config["vocab_size"])
+    model.load_state_dict(with_current_names(load_tensors(files["weights.safetensors"])))
+    digest = storage.sha256(json.dumps({name: storage.sha256(data) for name, data in sorted(files.items())}).encode())
+    return Bundle(
+        model.eval().requires_grad_(False),
+        Tokenizer(files["tokenizer.json"]),
+        json.loads(files["lineage.json"]),
+        digest,
+    )

@@ -1,0 +1,39 @@
+"""The bundle as an MLflow pyfunc: `mlflow.pyfunc.load_model("models:/NAME@champion").predict(["def "])`.
+
+MLflow runs this file to load a model (models from code), which is why it registers one when imported.
+"""
+
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from gru.generation.generate import generate_texts
+from gru.registry.bundle import Bundle, load_bundle
+
+
+class BundleModel(PythonModel):
+    """Prompts in, each prompt with its continuation out. Params: max_tokens (64), temperature (0.8)."""
+
+    bundle: Bundle
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.bundle = load_bundle(context.artifacts["bundle"])
+
+    def predict(  # type: ignore[override]  # MLflow takes the types from here, and allows leaving out the context
+        self, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[str]:
+        settings = {"max_tokens": 64, "temperature": 0.8} | (params or {})
+        return [
+            generate_texts(
+                self.bundle.model,
+                self.bundle.tokenizer,
+                prompt,
+                settings["max_tokens"],
+                [settings["temperature"]],
+            )[0]
+            for prompt in model_input
+        ]
+
+
+mlflow.models.set_model(BundleModel())

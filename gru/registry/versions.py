@@ -1,0 +1,182 @@
+"""The model bundle, and the registry that names its versions: register, gate, promote, roll back, resolve.
+
+A bundle is a directory: weights.safetensors, config.json, tokenizer.json, lineage.json, and digests.json, written
+last. A registered version is a bundle with its scores as tags; `@champion` is the one that is served, and
+`@challenger` the newest that did not beat it.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gru.digests import read_verified, write_digests
+from gru.errors import UserError
+from gru.registry.bundle import Bundle, load_bundle
+from gru.registry.tracking import Run
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+PYFUNC_REQUIREMENTS = ["gigatoken", "numpy", "pydantic", "safetensors", "tokenizers", "torch"]  # and this package
+PREVIOUS_TAG = "previous_champion"  # on a champion: the version that it took the alias from
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version; `created` is in seconds since the epoch."""
+
+    name: str
+    version: str
+    run_id: str
+    bits_per_byte: float
+    heldout: str  # digest of the text that bits_per_byte was measured on
+    bundle: str
+    created: int
+    previous: str | None
+
+
+def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldout: str) -> Version:
+    """Log the bundle as a model of the run and register it; a bundle that was registered before is not again."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = run.client
+    digest = load_bundle(bundle_path).digest
+    for found in client.search_model_versions(f"name = '{name}'"):
+        if found.tags.get("bundle") == digest and found.tags.get("heldout") == heldout:
+            return _version(found)
+    with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
+        local = Path(temporary) / "bundle"
+        local.mkdir()
+        for file, data in read_verified(bundle_path).items():
+            (local / file).write_bytes(data)
+        write_digests(local)
+        with mlflow.start_run(run_id=run.id):
+            info = mlflow.pyfunc.log_model(
+                name="generator",
+                python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+                artifacts={"bundle": str(local)},
+                pip_requirements=PYFUNC_REQUIREMENTS,
+            )
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {"bundle": digest, "bits_per_byte": repr(bits_per_byte), "heldout": heldout}
+    return _version(client.create_model_version(name, info.model_uri, run.id, tags=tags, model_id=info.model_id))
+
+
+def promote(candidate: Version, score_champion: Callable[[Version], float]) -> tuple[bool, str]:
+    """Make the candidate the champion if it beats the present one in bits per byte on the same held-out text, else
+    the challenger. `score_champion` measures a champion whose score is on other text.
+
+    Returns whether the candidate is the champion, and why, in words.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    champion = resolve(candidate.name, CHAMPION)
+    score = math.inf
+    if champion is None:
+        reason = "the first version"
+    elif champion.version == candidate.version:
+        return True, "the champion already"
+    else:
+        same_text = champion.heldout == candidate.heldout
+        score = champion.bits_per_byte if same_text else score_champion(champion)
+        reason = f"{candidate.bits_per_byte:.4f} bits per byte, version {champion.version} has {score:.4f}"
+    if not candidate.bits_per_byte < score:  # so that a score that is not a number never wins
+        client.set_registered_model_alias(candidate.name, CHALLENGER, candidate.version)
+        return False, reason
+    if champion:
+        client.set_model_version_tag(candidate.name, candidate.version, PREVIOUS_TAG, champion.version)
+    challenger = resolve(candidate.name, CHALLENGER)
+    if challenger and challenger.version == candidate.version:
+        client.delete_registered_model_alias(candidate.name, CHALLENGER)
+    client.set_registered_model_alias(candidate.name, CHAMPION, candidate.version)
+    return True, reason
+
+
+def rollback(name: str) -> Version:
+    """Give `@champion` back to the version that had it before. Raises UserError if there is none."""
+    from mlflow import MlflowClient
+
+    champion = resolve(name, CHAMPION)
+    if champion is None:
+        raise UserError(f"model {name!r} has no @{CHAMPION}")
+    if champion.previous is None:
+        raise UserError(f"model {name!r}: version {champion.version} is the first champion: nothing to go back to")
+    client = MlflowClient()
+    client.set_registered_model_alias(name, CHAMPION, champion.previous)
+    return _version(client.get_model_version(name, champion.previous))
+
+
+def exists(name: str, version: str, bundle: str) -> bool:
+    """Whether the registry has this version, made of the bundle with this digest."""
+    from mlflow import MlflowClient
+
+    found = MlflowClient().search_model_versions(f"name = '{name}'")
+    return any(str(v.version) == version and v.tags.get("bundle") == bundle for v in found)
+
+
+def resolve(name: str, alias: str) -> Version | None:
+    """The version that an alias of a registered model names; None if model or alias do not exist."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _version(MlflowClient().get_model_version_by_alias(name, alias))
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def find(spec: str) -> Version:
+    """The version that NAME, NAME@ALIAS or NAME:VERSION names; NAME is its champion. Raises UserError."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    name, _, number = spec.partition(":")
+    if number:
+        try:
+            return _version(MlflowClient().get_model_version(name, number))
+        except MlflowException as error:
+            raise UserError(f"{spec}: {error.message}") from None
+    name, _, alias = spec.partition("@")
+    found = resolve(name, alias or CHAMPION)
+    if found is None:
+        raise UserError(f"{spec}: no version of a model {name!r} is @{alias or CHAMPION}")
+    return found
+
+
+def fetch_bundle(version: Version, directory: Path) -> Bundle:
+    """Download a version's bundle into a local directory and load it. Raises DamagedFiles."""
+    return load_bundle(download_bundle(version, directory))
+
+
+def download_bundle(version: Version, directory: Path) -> Path:
+    """Where it lies afterwards, below a local directory."""
+    import mlflow
+
+    uri = f"models:/{version.name}/{version.version}"
+    local = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(directory))
+    return Path(local) / "artifacts" / "bundle"
+
+
+def _version(entity: "ModelVersion") -> Version:
+    return Version(
+        name=entity.name,
+        version=str(entity.version),
+        run_id=entity.run_id or "",
+        bits_per_byte=float(entity.tags.get("bits_per_byte", "inf")),
+        heldout=entity.tags.get("heldout", ""),
+        bundle=entity.tags.get("bundle", ""),
+        created=int(entity.creation_timestamp // 1000),
+        previous=entity.tags.get(PREVIOUS_TAG),
+    )

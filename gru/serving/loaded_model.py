@@ -1,0 +1,32 @@
+"""A registered model in memory, with the engine that generates from it."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gru.generation.engine import Engine
+
+if TYPE_CHECKING:
+    from gru.registry.bundle import Bundle
+    from gru.registry.versions import Version
+
+STALL_SECONDS = 30  # an engine whose loop has not turned for so long counts as stalled
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that answers."""
+
+    engine: Engine
+    bundle: "Bundle"
+    version: "Version"
+    alias: str = "champion"
+    """By which the registry named it when it was loaded."""
+
+    @property
+    def healthy(self) -> bool:
+        return time.monotonic() - self.engine.heartbeat < STALL_SECONDS
+
+
+ModelProvider = Callable[[], Sequence[LoadedModel]]

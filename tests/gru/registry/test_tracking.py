@@ -1,0 +1,101 @@
+import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import mlflow
+import mlflow.artifacts
+import mlflow.exceptions
+import pytest
+
+from gru.registry import tracking
+
+
+def points(*steps: int) -> list[tracking.Point]:
+    return [{"step": step, "time": 1e9 + step, "metrics": {"train/loss": 1 / step}} for step in steps]
+
+
+def test_a_run_is_found_again_by_its_key(mlflow_store: str) -> None:
+    parent = tracking.open_run("test", "a", "pipeline")
+    with tracking.stage_run("test", "b", "train", parent.id) as stage:
+        stage.log_points(points(1, 2))
+    again = tracking.open_run("test", "b", "train", parent.id)
+    assert again.id == stage.id != parent.id
+    again.log_points(points(3))
+    assert again.history("train/loss") == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    stored = again.client.get_run(again.id)
+    assert stored.data.tags["mlflow.parentRunId"] == parent.id
+    assert stored.info.status == "RUNNING"
+
+
+def test_the_status_tells_how_a_stage_ended(mlflow_store: str) -> None:
+    with pytest.raises(ZeroDivisionError), tracking.stage_run("test", "x", "train") as run:
+        _ = 1 / 0
+    assert run.client.get_run(run.id).info.status == "FAILED"
+    with tracking.stage_run("test", "x", "train") as again:
+        pass
+    assert again.id == run.id
+    assert run.client.get_run(run.id).info.status == "FINISHED"
+
+
+def test_logging_again_changes_nothing(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "pipeline")
+    for value in (1, 2):
+        run.log_params({"train": {"steps": value, "text": "x" * 300}, "empty": ""})
+        run.log_metrics({"bits": value})
+    data = run.client.get_run(run.id).data
+    assert data.params["train.steps"] == "1"
+    assert len(run.client.get_metric_history(run.id, "bits")) == 1
+
+
+def test_more_points_than_one_call_takes(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "train")
+    run.log_points(points(*range(1, 2001)))
+    run.log_points(points(1999, 2000, 2001))
+    tracking.open_run("test", "a", "train").log_points(points(5, 2001, 2002))
+    assert [step for step, _ in run.history("train/loss")] == list(range(1, 2003))
+    run.log_loss_curve()
+    assert [file.path for file in run.client.list_artifacts(run.id)] == ["loss.png"]
+
+
+def test_context_losses_are_a_picture_and_numbers(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "evaluate")
+    losses = [{"last": 1, "nats": 3.0, "error": 0.1}, {"last": 2, "nats": 2.0, "error": None}]
+    run.log_context_losses(losses, {"n-gram model": 2.5})
+    assert {file.path for file in run.client.list_artifacts(run.id)} == {"context.png", "context.json"}
+    logged = mlflow.artifacts.load_dict(f"runs:/{run.id}/context.json")
+    assert logged == {"losses": losses, "n-gram model": 2.5}
+
+
+def test_points_that_could_not_be_logged_are_logged_later(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "train")
+    run.log_points(points(1, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as if the server's disk were full
+    try:
+        with pytest.raises(mlflow.exceptions.MlflowException):
+            run.log_points(points(2, 3, 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    run.log_points(points(3, 4, 5))
+    assert [step for step, _ in run.history("train/loss")] == [1, 2, 3, 4, 5]
+
+
+def test_even_a_short_run_has_metrics_of_the_machine(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "train")
+    stop = run.watch_system()
+    stop()
+    assert "system/cpu_utilization_percentage" in run.client.get_run(run.id).data.metrics
+
+
+def test_of_several_that_open_a_run_at_once_all_have_the_same(mlflow_store: str) -> None:
+    together = threading.Barrier(4)
+
+    def open_it(_: int) -> str:
+        together.wait()
+        return tracking.open_run("test", "one key", "run").id
+
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(open_it, range(4)))
+    client = mlflow.MlflowClient()
+    [run] = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert opened == [run.info.run_id] * 4

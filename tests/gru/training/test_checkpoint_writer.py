@@ -1,0 +1,119 @@
+"""Commits next to a loop that goes on: what is written, what is logged, and what a fault of either costs."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from gru.registry import tracking
+from gru.training import checkpoint as checkpoints
+from gru.training.checkpoint import Checkpoint
+from gru.training.checkpoint_writer import CheckpointWriter
+
+INFINITE = float("inf")
+
+
+def point(step: int) -> tracking.Point:
+    return {"step": step, "time": 1.0, "metrics": {tracking.LOSS: float(step)}}
+
+
+def checkpoint(step: int, writer: CheckpointWriter) -> Checkpoint:
+    state = {"step": step, "identity": {}, "points": writer.points()}
+    return Checkpoint({"model": {"w": torch.full((300,), float(step))}}, state)
+
+
+def steps_saved(run: Path) -> list[int]:
+    return [checkpoints.load(path).step for path in checkpoints.paths(str(run))]
+
+
+def open_run() -> tracking.Run:
+    return tracking.open_run("test", "key", "train")
+
+
+def nothing() -> None: ...
+
+
+def test_points_are_logged_with_the_checkpoint_that_covers_them(tmp_path: Path, mlflow_store: str) -> None:
+    record = open_run()
+    writer = CheckpointWriter(str(tmp_path / "r"), 2, record.log_points, [], INFINITE, print)
+    for step in (1, 2, 3):
+        writer.add(point(step))
+    assert writer.finish(checkpoint(3, writer), 10, nothing)
+    writer.add(point(4))
+    assert steps_saved(tmp_path / "r") == [3]
+    assert [step for step, _ in record.history(tracking.LOSS)] == [1, 2, 3]
+    assert [point["step"] for point in writer.points()] == [4]
+    writer.close()
+
+
+def test_what_was_committed_but_not_logged_is_logged_once_by_whoever_resumes(tmp_path: Path, mlflow_store: str) -> None:
+    record = open_run()
+    record.log_points([point(1), point(2)])
+    writer = CheckpointWriter(str(tmp_path / "r"), 2, record.log_points, [point(2), point(3)], INFINITE, print)
+    writer.add(point(4))
+    assert writer.finish(checkpoint(4, writer), 10, nothing)
+    writer.close()
+    assert record.history(tracking.LOSS) == [(step, float(step)) for step in (1, 2, 3, 4)]
+
+
+def test_storage_that_is_away_costs_the_checkpoints_of_that_time_only(tmp_path: Path, mlflow_store: str) -> None:
+    run, record, said = tmp_path / "r", open_run(), list[str]()
+    writer = CheckpointWriter(str(run), 2, record.log_points, [], INFINITE, said.append)
+    writer.add(point(1))
+    assert writer.finish(checkpoint(1, writer), 10, nothing)
+    run.rename(tmp_path / "away")
+    run.write_text("not a directory")
+    writer.add(point(2))
+    assert not writer.finish(checkpoint(2, writer), 2, nothing)
+    assert writer.failed
+    assert said[-1].startswith("step 2 could not be saved")
+    assert [step for step, _ in record.history(tracking.LOSS)] == [1]
+    run.unlink()
+    (tmp_path / "away").rename(run)
+    writer.add(point(3))
+    assert writer.finish(checkpoint(3, writer), 10, nothing)
+    assert steps_saved(run) == [3, 1]
+    assert [step for step, _ in record.history(tracking.LOSS)] == [1, 2, 3]
+    writer.close()
+
+
+def test_checkpoints_do_not_wait_for_an_mlflow_that_does_not_answer(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def refuse(points: list[tracking.Point]) -> None:
+        raise ConnectionError("connection refused")
+
+    writer = CheckpointWriter(str(tmp_path / "r"), 2, refuse, [], INFINITE, said.append)
+    writer.add(point(1))
+    assert writer.finish(checkpoint(1, writer), 10, nothing)
+    assert [point["step"] for point in writer.points()] == [1]
+    assert any("connection refused" in line for line in said)
+    [path] = checkpoints.paths(str(tmp_path / "r"))
+    assert [point["step"] for point in checkpoints.load(path).state["points"]] == [1]
+    writer.close()
+
+
+def test_training_does_not_wait_for_a_commit(
+    tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is written, of two more only the newer is kept."""
+    save, writing, go_on = checkpoints.save, threading.Event(), threading.Event()
+
+    def slow(checkpoint: Checkpoint, path: str) -> None:
+        writing.set()
+        assert go_on.wait(30)
+        save(checkpoint, path)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    writer = CheckpointWriter(str(tmp_path / "r"), 5, open_run().log_points, [], INFINITE, print)
+    writer.begin(checkpoint(1, writer))
+    assert writing.wait(30)
+    writer.begin(checkpoint(2, writer))
+    assert not writer.idle
+    writer.begin(checkpoint(3, writer))
+    go_on.set()
+    assert writer.finish(checkpoint(4, writer), 30, nothing)
+    writer.close()
+    assert steps_saved(tmp_path / "r")[0] == 4
+    assert 2 not in steps_saved(tmp_path / "r")
