@@ -3,14 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test test-faults test-cluster test-browser lint bench clean
+.PHONY: run test test-fast test-faults test-cluster test-browser lint bench clean
 .SILENT:
 
 run: $(INSTALLED)
 	$(BIN)/gru run pipelines/configs/quickstart.toml $(ARGS)
 
+# Two processes: while one waits for a Ray, an MLflow or a Postgres to start, the other computes.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser)' $(ARGS)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)

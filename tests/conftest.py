@@ -10,9 +10,28 @@ import pytest
 
 from jobs import entry
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: waiting threads leave the core to others
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 entry.quiet_libraries()
+
+
+SERVICES = {"ray_local", "cluster", "mlflow_store", "empty_database", "bucket", "postgres", "pipeline"}
+"""Fixtures that start a service; importing Ray or MLflow alone takes seconds."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before the tests are selected by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need services. Keep the tests of a file, and all of the pipeline's, in one of xdist's processes.
+
+    The pipeline's tests come first, since they take longest.
+    """
+    for item in items:
+        if SERVICES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.services)
+        folder = item.path.parent
+        item.add_marker(pytest.mark.xdist_group("pipelines" if folder.name == "pipelines" else str(item.path)))
+    items.sort(key=lambda item: item.path.parent.name != "pipelines")
 
 
 @pytest.fixture(scope="session")

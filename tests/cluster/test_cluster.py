@@ -48,8 +48,8 @@ layers = 2
 dropout = 0.1
 [train]
 steps = {STEPS}
-lanes = 16
-window = 32
+batch_size = 16
+sequence_length = 32
 workers = 2
 bitwise_elastic = 2
 checkpoint_seconds = 2

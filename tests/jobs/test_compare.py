@@ -30,8 +30,8 @@ kind = "byte"
 embedding = 32
 hidden = 32
 [train]
-lanes = 16
-window = 32
+batch_size = 16
+sequence_length = 32
 threads = 1
 heldout_tokens = 100_000  # all there are, so that what is measured on the way is what is scored at the end
 [evaluate]

@@ -54,8 +54,8 @@ layers = 2
 dropout = 0.1
 [train]
 steps = {steps}
-lanes = 16
-window = 32
+batch_size = 16
+sequence_length = 32
 threads = 1
 checkpoint_seconds = 1
 heldout_steps = 100

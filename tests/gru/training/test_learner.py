@@ -2,7 +2,9 @@
 
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +85,12 @@ def test_it_learns() -> None:
     assert pupil.heldout_loss(corpus[:500]) < 0.2
 
 
+def start(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
+    """Run `function(rank, *arguments)` in that many processes, all forked from one that has imported torch."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")
+
+
 def _work(
     rank: int, world: int, rendezvous: str, results: str, precision: Precision, config: TrainConfig = CONFIG
 ) -> None:
@@ -108,7 +116,7 @@ def test_workers_share_the_lanes_and_compute_the_same(
     losses = train(alone, 8)
     results = tmp_path / "results"
     results.mkdir()
-    multiprocessing.spawn(_work, (world, str(tmp_path / "rendezvous"), str(results), precision), nprocs=world)
+    start(_work, (world, str(tmp_path / "rendezvous"), str(results), precision), world)
     together = checkpoints.load(str(results))
     assert together.state["losses"] == pytest.approx(losses, rel=rounding)
     assert together.state["heldout"] == pytest.approx(alone.heldout_loss(tokens()[:301]), rel=rounding)
@@ -141,7 +149,7 @@ def test_three_workers_go_on_bit_identically(tmp_path: Path) -> None:
     """Where more than two numbers are summed the order matters, and it must not depend on when DDP began."""
     undisturbed, half, resumed = (str(tmp_path / name) for name in ("undisturbed", "half", "resumed"))
     for turn, (first, last) in enumerate([(undisturbed, undisturbed), (half, resumed), (half, resumed)]):
-        multiprocessing.spawn(_resume, (3, str(tmp_path / f"rendezvous{turn}"), first, last), nprocs=3)
+        start(_resume, (3, str(tmp_path / f"rendezvous{turn}"), first, last), 3)
     expected, found = checkpoints.load(undisturbed), checkpoints.load(resumed)
     assert checkpoints.load(half).step == 4
     for stem, tensors in expected.tensors.items():
@@ -163,7 +171,7 @@ def test_with_bitwise_elastic_any_number_of_workers_gives_the_same_bits(tmp_path
     for world in (2, 3, 4):
         results = tmp_path / f"results{world}"
         arguments = (world, str(tmp_path / f"rendezvous{world}"), str(results), precision, config)
-        multiprocessing.spawn(_work, arguments, nprocs=world)
+        start(_work, arguments, world)
         together = checkpoints.load(str(results))
         assert together.state["losses"] == pytest.approx(losses, rel=1e-6)
         for stem, tensors in expected.tensors.items():
