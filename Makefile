@@ -1,4 +1,4 @@
-# The first use makes .venv and installs with pip; later uses find it made.
+# The first use creates .venv and installs into it; later uses reuse it until pyproject.toml or constraints.txt changes.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
