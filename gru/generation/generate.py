@@ -18,7 +18,8 @@ class Collector:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        self._end: Future[Finish] = Future()
+        self.finish: Finish | None = None
+        self._end: Future[None] = Future()
 
     def token(self, token: int, logprobs: Logprobs | None) -> bool:
         self.tokens.append(token)
@@ -28,7 +29,8 @@ class Collector:
         if isinstance(end, Exception):
             self._end.set_exception(end)
         elif end is not None:
-            self._end.set_result(end)
+            self.finish = end
+            self._end.set_result(None)
 
     def wait(self, timeout: float | None = None) -> list[int]:
         """Wait for the end and return all tokens. Raises the request's error; TimeoutError after `timeout` seconds."""
