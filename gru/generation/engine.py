@@ -7,8 +7,8 @@ prefill).
 
 A token depends on (weights, prompt, seed, position) and on nothing else, bit for bit: a prompt is read alone and
 always in the same chunks, sampling looks at one row, and steps are computed only at widths (numbers of rows, some of
-them unused) at which each row has the same bits as at the full width. Those widths are found by trying when an engine
-is created. A session is the exception: it resumes from its own state.
+them unused) at which each row has the same bits as at the full width. Those widths are measured when an engine is
+created. A session is the exception: it resumes from its own state.
 T time, L layers, S rows (slots), H state, V vocabulary.
 """
 
@@ -219,7 +219,7 @@ class Engine:
             stream.over = True
             if stream in self._queue:
                 self._queue.remove(stream)
-        error = "the request took longer than the server allows"
+        error = "the request exceeded its time limit"
         return [Notification(stream, Expired(error)) for stream in late]
 
     def _begin(self, stream: TokenStream) -> None:

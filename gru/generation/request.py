@@ -1,4 +1,4 @@
-"""What the engine is asked to do, and what it knows of each request while it does it.
+"""Requests to the engine, the receivers of their tokens, and the engine's record of each request.
 
 T time, L layers, H state.
 """
@@ -52,7 +52,7 @@ class Request:
     deadline: float = math.inf
     """Value of time.monotonic() at which the request ends with Expired."""
     owner: str = ""
-    """Whose request this is. Cached states are never shared between owners."""
+    """Owner of the request. Cached states are never shared between owners."""
     session: str | None = None
     """Name of a session. The request resumes from the state after the session's last request, if that state is still
     cached, instead of from the beginning of a document. Its own last state is saved if it ends without error."""

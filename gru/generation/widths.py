@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 def reproducible_widths(model: NativeModel | GRULanguageModel, full_width: int) -> list[int]:
     """Return the powers of two at which every row, wherever it is, has the same bits as at `full_width`.
 
-    Libraries choose kernels by shape, so the widths differ between machines and are found by trying. `full_width` is
+    Libraries choose kernels by shape, so the widths differ between machines and are measured. `full_width` is
     always among them. The trials also warm the model up.
     """
     generator = torch.Generator().manual_seed(0)

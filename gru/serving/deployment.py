@@ -93,7 +93,7 @@ def deploy(config: ServeConfig, resources: ServeResources, model_name: str, trac
         raise UserError(f"{model_name}: no version is @{versions.CHAMPION}; train and promote one first")
     if config.keys:
         Keys(config.keys)  # reports what is wrong with them here, not in each replica
-    _release_address(config.host, config.port)
+    _ensure_address(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port})
     serve.run(application(config, resources, model_name, tracking_uri), name=APP, route_prefix="/")
 
@@ -147,8 +147,12 @@ class TokensInFlight:
         return math.ceil(sum(in_flight.values()) / self._tokens_per_replica), {}
 
 
-def _release_address(host: str, port: int) -> None:
-    """Make sure that Serve can start at this address. It has one address for all applications of a cluster."""
+def _ensure_address(host: str, port: int) -> None:
+    """Make sure that Serve can start at this address. Raises UserError if it cannot.
+
+    Serve has one address for all applications of a cluster, so it is shut down if it has another address and runs
+    nothing but the endpoint.
+    """
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is not None:
         running = client.http_config

@@ -119,7 +119,7 @@ class PromptRequest(NamedTuple):
     echo: bool
 
     def check(self, body: TextRequest, config: ServeConfig) -> None:
-        """Raise ApiError for whatever is wrong and can be found before the prompts are tokenized."""
+        """Raise ApiError for mistakes that can be found before the prompts are tokenized."""
         if sum(map(len, self.prompts)) > MAX_CHARACTERS:
             raise ApiError(400, f"{self.param}: at most {MAX_CHARACTERS:,} characters", self.param)
         for prompt in self.prompts:

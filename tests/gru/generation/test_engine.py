@@ -92,7 +92,7 @@ def test_a_prompt_can_be_scored_without_generating(engine: Engine) -> None:
 
 
 def test_penalties_see_the_prompt_and_the_text(engine: Engine) -> None:
-    # A repetition penalty this strong makes a greedy text go through the vocabulary before it says anything twice.
+    # With a repetition penalty this strong a greedy text uses all other tokens before it repeats one.
     params = SamplingParams(0, temperature=0, repetition_penalty=1e6)
     prompt = list(range(1, 101))
     [text] = run(engine, [(prompt, params, 150)])
