@@ -1,19 +1,19 @@
-"""Token ids to pieces of text, as they come. It knows bytes and stop strings, no model and no HTTP."""
+"""Incremental detokenization: token ids to pieces of text. It knows bytes and stop strings, but no model."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class Detokenizer:
-    """Turns one stream's tokens into text that will not change any more.
+    """Turns one stream's tokens into text that later tokens cannot change.
 
-    A character that is not complete is held back, and so is text that may be the beginning of a stop string.
-    The text ends before the stop string that is complete first; from then on `stopped` is true. `decoded` counts the
-    characters that the tokens have completed, `released` those that were given.
+    An incomplete character is held back, and so is text that may be the beginning of a stop string. The text ends
+    before the stop string that is complete first; from then on `stopped` is true. `decoded` counts the characters that
+    the tokens have completed, `released` those that were returned.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
-        assert all(stops), "an empty stop string would stop at once"
+        assert all(stops), "an empty stop string would end every text at once"
         self.stopped = False
         self.decoded = self.released = 0
         self._token_bytes = token_bytes
@@ -22,11 +22,11 @@ class Detokenizer:
         self._held = ""
 
     def feed(self, token: int) -> str:
-        """The text that this token completes; it may be empty."""
+        """Return the text that this token completes, which may be empty."""
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
-        """What was held back, at the end of the stream; bytes that form no character become U+FFFD."""
+        """Return the text held back, at the end of the stream. Bytes that form no character become U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True)) + self._held
         self.released += len(self._held)
         self._held = ""
@@ -37,9 +37,9 @@ class Detokenizer:
             return ""
         self.decoded += len(new)
         text = self._held + new
-        found = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
-        if found:
-            self.stopped, end = True, min(found)[1]
+        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if matches:
+            self.stopped, end = True, min(matches)[1]
         else:
             end = len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = "" if self.stopped else text[end:]
@@ -48,5 +48,5 @@ class Detokenizer:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not the whole of it."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,6 +1,6 @@
-/* sampling.py's draw_plainly: the same noise, but its logarithms only for tokens that may still win.
+/* draw_numpy of sampling.py: the same noise, but logarithms are computed only for tokens that can still win.
 
-   Compiled for the machine it runs on, by compiled.py. */
+   native.py compiles this file for the machine that it runs on. */
 
 #include <math.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@ static inline uint64_t mix(uint64_t state) { /* splitmix64 */
     return word ^ (word >> 31);
 }
 
-static int64_t drawn(int64_t V, const float *logits, double temperature, uint64_t key) {
+static int64_t draw_row(int64_t V, const float *logits, double temperature, uint64_t key) {
     const double log_2 = 0.6931471805599453;
     double best = -INFINITY;
     int64_t token = 0;
@@ -32,9 +32,9 @@ static int64_t drawn(int64_t V, const float *logits, double temperature, uint64_
     return token;
 }
 
-/* One token for each of the rows, which lie `stride` floats apart. */
+/* Draw one token for each of the rows, which are `stride` floats apart. */
 void draw(int64_t rows, int64_t V, int64_t stride, const float *logits, const double *temperatures,
           const uint64_t *seeds, const uint64_t *positions, int64_t *tokens) {
     for (int64_t row = 0; row < rows; row++)
-        tokens[row] = drawn(V, logits + row * stride, temperatures[row], mix(mix(seeds[row]) + positions[row]));
+        tokens[row] = draw_row(V, logits + row * stride, temperatures[row], mix(mix(seeds[row]) + positions[row]));
 }

@@ -1,7 +1,7 @@
-"""Logits to token ids, reproducibly. Pure functions; no model, no text.
+"""Logits to token ids, reproducibly. Pure functions that know no model and no text.
 
-A token is drawn with the Gumbel-max trick: the argmax of logits / temperature plus noise that is a hash of
-(seed, position, token id). So it depends on its own row only, alone or in any row of any batch.
+A token is drawn with the Gumbel-max trick: it is the argmax of logits / temperature plus noise, where the noise is a
+hash of (seed, position, token id). So a token depends on its own row only, alone or in any row of any batch.
 S rows, V vocabulary.
 """
 
@@ -21,7 +21,7 @@ from gru import native
 
 SOURCE = Path(__file__).with_name("sampling.c")
 
-GREEDY = 1e-5  # temperatures below this one are taken as 0
+GREEDY = 1e-5  # temperatures below this are treated as 0
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 MASK = (1 << 64) - 1
 
@@ -32,14 +32,15 @@ log = logging.getLogger(__name__)
 class SamplingParams:
     """How a request's tokens are chosen.
 
-    Logits are first changed by what has been said: those of tokens in the prompt or the text are divided by
-    repetition_penalty where positive, multiplied where negative (Keskar et al. 2019, arXiv:1909.05858); for each time
-    that the text has a token, frequency_penalty is taken from its logit, and presence_penalty once. Then logit_bias is
-    added to those that it names.
+    First the penalties change the logits. Those of tokens in the prompt or the text are divided by repetition_penalty
+    if positive, and multiplied by it if negative (Keskar et al. 2019, arXiv:1909.05858). Each occurrence of a token in
+    the text lowers its logit by frequency_penalty; the first one lowers it by presence_penalty, too. Then logit_bias is
+    added to the logits of the tokens it names.
 
-    They are divided by temperature (0 takes the likeliest token). Then only those at least min_p times as probable as
-    the likeliest stay (Nguyen et al. 2024, arXiv:2407.01082); of these the top_k likeliest (0: all); of these the
-    fewest likeliest whose probability reaches top_p. Those that equal the last one stay too.
+    The logits are divided by temperature (0 takes the likeliest token). Then min_p keeps the tokens that are at least
+    min_p times as probable as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); of these top_k keeps the k
+    likeliest (0 keeps all); of these top_p keeps the smallest set of likeliest tokens whose probability reaches top_p.
+    Tokens as probable as the last one kept are kept, too.
     """
 
     seed: int
@@ -57,52 +58,55 @@ class SamplingParams:
         assert 0 <= self.min_p <= 1 and self.repetition_penalty > 0
 
     @property
-    def remembers(self) -> bool:
-        """Whether a token depends on which others were read and made, beyond what the model makes of them."""
+    def has_penalties(self) -> bool:
+        """Whether sampling needs the History of tokens read and generated."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @property
-    def excludes(self) -> bool:
-        """Whether unlikely tokens are left out."""
+    def excludes_unlikely(self) -> bool:
+        """Whether unlikely tokens are excluded."""
         return self.min_p > 0 or self.top_k > 0 or self.top_p < 1
 
 
 class History:
-    """Which tokens a request has read and made, for the penalties."""
+    """For the penalties: which tokens a request has read or generated (`seen_V`), and how often it generated each."""
 
     def __init__(self, prompt: Iterable[int], vocab_size: int) -> None:
-        self.made_V = np.zeros(vocab_size, np.int32)
+        self.generated_V = np.zeros(vocab_size, np.int32)
         self.seen_V = np.zeros(vocab_size, bool)
         self.seen_V[list(prompt)] = True
 
     def add(self, token: int) -> None:
-        self.made_V[token] += 1
+        self.generated_V[token] += 1
         self.seen_V[token] = True
 
 
 class Draw(NamedTuple):
-    """What decides a row's token besides its logits."""
+    """What determines a row's token besides its logits."""
 
     params: SamplingParams
     position: int
-    """Of the token in its stream."""
+    """Number of tokens generated before this one."""
     history: History | None = None
-    """Needed if the params remember."""
+    """Required if the params have penalties."""
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities under the model alone, whatever the sampling: of the token, and of the likeliest, in order."""
+    """Log-probabilities under the model itself, before any sampling parameter, in nats."""
 
     token: float
+    """Log-probability of the token that was chosen."""
     top: tuple[tuple[int, float], ...]
+    """Likeliest tokens with their log-probabilities, in descending order."""
 
 
 def changes_logits(params: SamplingParams) -> bool:
-    return params.remembers or params.excludes or bool(params.logit_bias)
+    """Return whether sampling with these params needs a changed copy of the logits."""
+    return params.has_penalties or params.excludes_unlikely or bool(params.logit_bias)
 
 
 def sample(logits_SV: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.int64]:
-    """Token ids [S]."""
+    """Return the token ids [S] drawn from the rows."""
     changed = [row for row, draw in enumerate(draws) if changes_logits(draw.params)]
     if changed:
         logits_SV = logits_SV.copy()
@@ -124,23 +128,23 @@ def sample(logits_SV: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.
 
 
 def penalize(logits_V: NDArray[np.float32], draw: Draw) -> None:
-    """Change logits, in place, by what was said before and by logit_bias."""
+    """Apply the penalties and logit_bias to the logits, in place."""
     params, history = draw.params, draw.history
-    if params.remembers:
+    if params.has_penalties:
         assert history is not None
         if params.repetition_penalty != 1:
             seen = logits_V[history.seen_V]
             penalty = np.float32(params.repetition_penalty)
             logits_V[history.seen_V] = np.where(seen > 0, seen / penalty, seen * penalty)
-        logits_V -= np.float32(params.frequency_penalty) * history.made_V
-        logits_V -= np.float32(params.presence_penalty) * (history.made_V > 0)
+        logits_V -= np.float32(params.frequency_penalty) * history.generated_V
+        logits_V -= np.float32(params.presence_penalty) * (history.generated_V > 0)
     for token, bias in params.logit_bias.items():
         logits_V[token] += np.float32(bias)
 
 
 def exclude_unlikely(logits_V: NDArray[np.floating], params: SamplingParams) -> None:
-    """Put -inf, in place, where min_p, then top_k, then top_p leave a token out."""
-    if not params.excludes or params.temperature < GREEDY:
+    """Set the logits of tokens that min_p, then top_k, then top_p exclude to -inf, in place."""
+    if not params.excludes_unlikely or params.temperature < GREEDY:
         return
     scores_V = logits_V / np.float64(params.temperature)
     if params.min_p > 0:
@@ -156,7 +160,7 @@ def exclude_unlikely(logits_V: NDArray[np.floating], params: SamplingParams) -> 
 
 
 def logprobs(logits_V: NDArray[np.float32], token: int, top: int) -> Logprobs:
-    """Of the token, and of the `top` likeliest."""
+    """Return the log-probability of the token, and those of the `top` likeliest tokens."""
     exact_V = logits_V.astype(np.float64)
     exact_V -= exact_V.max()
     exact_V -= math.log(np.exp(exact_V).sum())
@@ -172,7 +176,7 @@ def draw_numpy(
     seeds_S: NDArray[np.uint64],
     positions_S: NDArray[np.uint64],
 ) -> NDArray[np.int64]:
-    """The argmax of each row's logits / temperature + noise, where the noise is that of (seed, position)."""
+    """Return the argmax [S] of each row's logits / temperature + the noise of (seed, position)."""
     tokens = np.zeros(len(logits_SV), np.int64)
     for row, (seed, position) in enumerate(zip(seeds_S.tolist(), positions_S.tolist(), strict=True)):
         noise_V = gumbel_noise(mix(mix(seed) + position), logits_SV.shape[1])
@@ -181,7 +185,7 @@ def draw_numpy(
 
 
 def gumbel_noise(key: int, vocab_size: int) -> NDArray[np.float64]:
-    """Standard Gumbel noise [V], a function of the key.
+    """Return standard Gumbel noise [V], a function of the key.
 
     Each 64-bit output of splitmix64 (Steele et al. 2014) gives the noise of two tokens.
     """
@@ -201,7 +205,7 @@ def draw_native(
     seeds_S: NDArray[np.uint64],
     positions_S: NDArray[np.uint64],
 ) -> NDArray[np.int64]:
-    """What `draw_plainly` gives, by sampling.c: ten times as fast, and with one release of Python's lock."""
+    """Return what `draw_numpy` returns, computed by sampling.c: ten times as fast, with one release of the GIL."""
     rows, vocab_size = logits_SV.shape
     stride, element = logits_SV.strides
     assert element == logits_SV.itemsize and logits_SV.dtype == np.float32
@@ -218,12 +222,12 @@ def _library() -> ctypes.CDLL | None:
     try:
         return native.library(SOURCE)
     except OSError as reason:
-        log.info("numpy draws the tokens, which is slower than sampling.c: %s", reason)
+        log.info("sampling.c cannot be compiled; numpy draws the tokens instead, which is slower: %s", reason)
         return None
 
 
 def mix(value: int) -> int:
-    """splitmix64's output for the state `value`, taken modulo 2**64."""
+    """Return splitmix64's output for the state `value` modulo 2**64."""
     value = (value + GOLDEN) & MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK
@@ -231,5 +235,5 @@ def mix(value: int) -> int:
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of the n-th text asked for with one seed; the first has the seed itself."""
+    """Return the seed of a choice, by its index among those of one request; the first has the request's seed."""
     return mix(seed + mix(choice)) if choice else seed

@@ -1,6 +1,6 @@
-"""States that a stream can go on from without reading again what led to them: of sessions, of beginnings of prompts.
+"""A cache of hidden states that streams resume from without reading again: those of sessions and of prompt prefixes.
 
-They belong to one engine, and so to one model; an owner is part of each key. L layers, H state.
+A cache belongs to one engine, and so to one model; the owner is part of each key. L layers, H state.
 """
 
 import hashlib
@@ -12,51 +12,55 @@ import numpy as np
 from torch import Tensor
 
 
-class Saved(NamedTuple):
+class CachedState(NamedTuple):
+    """A hidden state with what is needed to resume from it."""
+
     state_L1H: Tensor
-    last: int | None
-    """A token that the state has not read yet: the newest one of a text."""
+    unread_token: int | None
+    """Newest token of a text, which the state has not read yet; None for a prompt prefix."""
     tokens: int
-    """How many led to it, that one included."""
+    """Number of tokens that led to the state, the unread one included."""
 
 
 class StateCache:
-    """Keeps no more than so many bytes of states; the least recently used are forgotten. For one thread."""
+    """An LRU cache of at most `max_bytes` of states, for use by one thread."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes = most_bytes
-        self._saved: OrderedDict[bytes, Saved] = OrderedDict()
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._states: OrderedDict[bytes, CachedState] = OrderedDict()
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._saved)
+        return len(self._states)
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._saved
+        return key in self._states
 
-    def get(self, key: bytes) -> Saved | None:
-        if key in self._saved:
-            self._saved.move_to_end(key)
-        return self._saved.get(key)
+    def get(self, key: bytes) -> CachedState | None:
+        """Return the state of this key, now the most recently used, or None."""
+        if key in self._states:
+            self._states.move_to_end(key)
+        return self._states.get(key)
 
-    def put(self, key: bytes, state_L1H: Tensor, last: int | None = None, tokens: int = 0) -> None:
-        """Keep a copy of a state."""
-        if state_L1H.nbytes > self.most_bytes:
+    def put(self, key: bytes, state_L1H: Tensor, unread_token: int | None = None, tokens: int = 0) -> None:
+        """Store a copy of the state, and remove the least recently used ones that no longer fit."""
+        if state_L1H.nbytes > self.max_bytes:
             return
-        if (old := self._saved.pop(key, None)) is not None:
+        if (old := self._states.pop(key, None)) is not None:
             self.bytes -= old.state_L1H.nbytes
-        self._saved[key] = Saved(state_L1H.clone(), last, tokens)
+        self._states[key] = CachedState(state_L1H.clone(), unread_token, tokens)
         self.bytes += state_L1H.nbytes
-        while self.bytes > self.most_bytes:
-            self.bytes -= self._saved.popitem(last=False)[1].state_L1H.nbytes
+        while self.bytes > self.max_bytes:
+            self.bytes -= self._states.popitem(last=False)[1].state_L1H.nbytes
 
 
 def session_key(owner: str, session: str) -> bytes:
+    """Return the key of the state of an owner's session."""
     return _digest(b"session", _digest(owner.encode()), session.encode())
 
 
 def prefix_keys(owner: str, tokens: Sequence[int], chunk: int) -> list[bytes]:
-    """A key for each beginning of the tokens that is a number of whole chunks and leaves at least one token."""
+    """Return a key for each prefix of the tokens that consists of whole chunks and leaves at least one token unread."""
     key, keys = _digest(b"prefix", owner.encode()), []
     data = np.asarray(tokens, np.uint32).tobytes()
     for end in range(chunk, len(tokens), chunk):

@@ -1,6 +1,7 @@
-"""What one HTTP request has generated: its texts in the making, and when to send what there is of them.
+"""The texts that one HTTP request generates, and when to send what is new in them.
 
-The engine's thread feeds the texts; everything else happens on the event loop. It knows no routes and no formats.
+The engine's thread feeds the texts; everything else happens on the event loop. This module knows no routes and no
+response formats.
 """
 
 import asyncio
@@ -9,57 +10,58 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from gru.generation.detokenizer import Detokenizer
-from gru.generation.engine import Closed, Expired, Finish, Overloaded, Request
+from gru.generation.engine import Closed, Expired, Overloaded
+from gru.generation.request import Finish, Request, TokenStream
 from gru.generation.sampling import Logprobs, SamplingParams, choice_seed
 from gru.serving.loaded_model import LoadedModel
 from gru.serving.protocol import ApiError
 
-if TYPE_CHECKING:
-    pass
-
-CHUNK_SECONDS = (0.05, 1.0)  # between two chunks of a stream, at least and, but for slow tokens, at most
-CHUNKS_A_SECOND = (
-    300  # of all streams: in Serve and its proxy each costs a millisecond, several times what a token does
-)
-GRACE_SECONDS = 5  # that the engine has to end a request whose deadline is over
+CHUNK_SECONDS = (0.05, 1.0)  # least and most time between two chunks of a stream, if tokens are not slower
+CHUNKS_PER_SECOND = 300  # of all streams: in Serve and its proxy each takes 1 ms, several times what a token takes
+GRACE_SECONDS = 5  # time that the engine has to end a request after its deadline
 
 
 class Prompt(NamedTuple):
+    """A prompt, as text and as token ids."""
+
     text: str
     tokens: list[int]
 
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """What is asked of the engine, for each of the prompts `n` times."""
+    """What to generate: `n` texts for each prompt, all with these settings."""
 
     prompts: Sequence[Prompt]
     params: SamplingParams
-    """Its seed is that of the first text of each prompt, or of none if `seeded` is false."""
+    """Sampling parameters; their seed is that of each prompt's first text, unless `seeded` is false."""
     seeded: bool
+    """Whether the client gave a seed; otherwise each prompt gets a random one."""
     n: int
     max_tokens: int
     stops: Sequence[str]
     echo: bool
     top_logprobs: int | None
     deadline: float
+    """Value of time.monotonic() at which generation ends with Expired."""
     owner: str
     session: str | None
 
 
 class TokenEntry(NamedTuple):
-    """A token, where its text begins in the choice's, and how likely it was."""
+    """A token with its log-probabilities, for the client."""
 
     token: int
     offset: int
+    """Position in the choice's text, in characters, at which the token's text begins."""
     logprobs: Logprobs
 
 
 class ChoiceDelta(NamedTuple):
-    """What is new of a choice."""
+    """The new part of a choice."""
 
     choice: int
     text: str
@@ -68,7 +70,7 @@ class ChoiceDelta(NamedTuple):
 
 
 class LoopBridge:
-    """Carries calls from the engine's thread to an event loop: those of a step with one wake-up."""
+    """Carries calls from the engine's thread to an event loop: all calls of a step with one wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -76,180 +78,196 @@ class LoopBridge:
         self._woken = False
 
     def call(self, function: Callable[[], None]) -> None:
+        """Have the event loop call the function soon."""
         self._calls.append(function)
         if not self._woken:
             self._woken = True
             self.loop.call_soon_threadsafe(self._run)
 
     def _run(self) -> None:
-        self._woken = False  # first: a call appended from here on either runs below or wakes again
+        self._woken = False  # before the loop below, so that a call appended later either runs in it or wakes again
         while self._calls:
             self._calls.popleft()()
 
 
 class Choice:
-    """One text in the making."""
+    """One text of a generation, and the receiver of its tokens.
 
-    def __init__(self, index: int, prompt: Prompt, order: GenerationSpec, token_bytes: Sequence[bytes]) -> None:
+    `report` is called on the engine's thread with the choice and the end, which is None until the last call.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Prompt,
+        spec: GenerationSpec,
+        token_bytes: Sequence[bytes],
+        report: Callable[["Choice", Finish | Exception | None], None],
+    ) -> None:
         self.index = index
         self.finish: Finish | Exception | None = None
-        self.sent_finish = False
+        self.finish_sent = False
         self.tokens = 0
-        self.request: Request
+        self.stream: TokenStream
         self._prompt = prompt
-        self._order = order
+        self._spec = spec
         self._token_bytes = token_bytes
-        self._text = Detokenizer(token_bytes, order.stops)
-        self._pieces: deque[str] = deque()  # from one thread to the other
+        self._report = report
+        self._detokenizer = Detokenizer(token_bytes, spec.stops)
+        self._pieces: deque[str] = deque()  # text from the engine's thread to the event loop's
         self._entries: deque[TokenEntry] = deque()
         self._unsent = ""
-        self._sent = 0  # characters
-        self._begun = False
+        self._sent_characters = 0
+        self._started = False
 
-    def feed(self, token: int) -> bool:
-        """Engine's thread: take a token; whether the text ends with it."""
+    def token(self, token: int, logprobs: Logprobs | None) -> bool:
+        """Engine's thread: take a token. Return whether a stop string is complete."""
         self.tokens += 1
-        if self._order.top_logprobs is not None:
-            self._entries.append(TokenEntry(token, self._text.decoded, self.request.logprobs[-1]))
-        self._pieces.append(self._text.feed(token))
-        return self._text.stopped
+        if logprobs is not None:
+            self._entries.append(TokenEntry(token, self._detokenizer.decoded, logprobs))
+        self._pieces.append(self._detokenizer.feed(token))
+        return self._detokenizer.stopped
 
-    def end(self) -> None:
-        """Engine's thread: there is no more."""
-        self._pieces.append(self._text.finish())
+    def notify(self, end: Finish | Exception | None) -> None:
+        """Engine's thread: report that there is something to take."""
+        if end is not None:
+            self._pieces.append(self._detokenizer.finish())
+        self._report(self, end)
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to take."""
+        """Whether there is a delta to take."""
         while self._pieces:
             self._unsent += self._pieces.popleft()
-        return bool(self._unsent or (self.finish and not self.sent_finish))
+        return bool(self._unsent or (self.finish and not self.finish_sent))
 
     def take(self) -> ChoiceDelta:
-        """What is ready."""
+        """Return what is new since the last call."""
         assert not isinstance(self.finish, Exception)
-        self.sent_finish = self.finish is not None
+        self.finish_sent = self.finish is not None
         text, self._unsent = self._unsent, ""
-        self._sent += len(text)
+        self._sent_characters += len(text)
         entries = []
-        while self._entries and (self._entries[0].offset < self._sent or (self.finish and not self._text.stopped)):
+        everything = self.finish and not self._detokenizer.stopped
+        while self._entries and (self._entries[0].offset < self._sent_characters or everything):
             entries.append(self._entries.popleft())
-        if self._order.echo:
+        if self._spec.echo:
             shift = len(self._prompt.text)
             entries = [entry._replace(offset=entry.offset + shift) for entry in entries]
-            if not self._begun:
+            if not self._started:
                 text, entries = self._prompt.text + text, self._prompt_entries() + entries
-        self._begun = True
+        self._started = True
         return ChoiceDelta(self.index, text, entries, self.finish)
 
     def _prompt_entries(self) -> list[TokenEntry]:
-        stream, entries = Detokenizer(self._token_bytes), []
-        for token, logprobs in zip(self._prompt.tokens, self.request.prompt_logprobs, strict=False):
-            entries.append(TokenEntry(token, stream.decoded, logprobs))
-            stream.feed(token)
+        detokenizer, entries = Detokenizer(self._token_bytes), []
+        for token, logprobs in zip(self._prompt.tokens, self.stream.prompt_logprobs, strict=False):
+            entries.append(TokenEntry(token, detokenizer.decoded, logprobs))
+            detokenizer.feed(token)
         return entries
 
 
 class Generation:
-    """All texts of one HTTP request."""
+    """All choices of one HTTP request."""
 
-    def __init__(self, served: LoadedModel, order: GenerationSpec, relay: LoopBridge) -> None:
-        """Submits everything. Raises ApiError (429), or Closed."""
-        self.served = served
-        self.began = time.monotonic()
-        self.first: float | None = None
-        """Seconds until the first token."""
+    def __init__(self, model: LoadedModel, spec: GenerationSpec, bridge: LoopBridge) -> None:
+        """Submit all requests to the engine. Raises ApiError (429), or Closed."""
+        self.model = model
+        self.start = time.monotonic()
+        self.first_token_seconds: float | None = None
+        """Seconds from the start to the first token."""
         self.choices: list[Choice] = []
-        self._engine = served.engine
-        self._loop = relay.loop
+        self._engine = model.engine
+        self._bridge = bridge
+        self._loop = bridge.loop
         self._changed = asyncio.Event()
-        self._due = 0.0  # when the next chunk may go
+        self._next_chunk = 0.0  # earliest time of the next chunk, on the loop's clock
         self._timer: asyncio.TimerHandle | None = None
-        self._prompts = order.prompts
-        self._until = self._loop.time() + (order.deadline - self.began) + GRACE_SECONDS
+        self._prompts = spec.prompts
+        self._deadline = self._loop.time() + (spec.deadline - self.start) + GRACE_SECONDS
         try:
-            for prompt in order.prompts:
-                seed = order.params.seed if order.seeded else secrets.randbits(63)
-                for n in range(order.n):
-                    params = replace(order.params, seed=choice_seed(seed, n))
-                    self._submit(prompt, params, order, relay)
+            for prompt in spec.prompts:
+                seed = spec.params.seed if spec.seeded else secrets.randbits(63)
+                for n in range(spec.n):
+                    self._submit(prompt, replace(spec.params, seed=choice_seed(seed, n)), spec)
         except BaseException as error:
             self.cancel()
             if isinstance(error, Overloaded):
                 raise ApiError(429, f"overloaded: {error}; try again later", code="overloaded") from None
             raise
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, order: GenerationSpec, relay: LoopBridge) -> None:
-        choice = Choice(len(self.choices), prompt, order, self.served.bundle.tokenizer.token_bytes)
-
-        def on_token(token: int | None, end: Finish | Exception | None) -> None:
-            if end is not None:
-                choice.end()
-            relay.call(lambda: self._told(choice, end))
-
-        choice.request = Request(
+    def _submit(self, prompt: Prompt, params: SamplingParams, spec: GenerationSpec) -> None:
+        token_bytes = self.model.bundle.tokenizer.token_bytes
+        choice = Choice(len(self.choices), prompt, spec, token_bytes, self._report)
+        request = Request(
             prompt.tokens,
             params,
-            order.max_tokens,
-            on_token,
-            ends=choice.feed,
-            top_logprobs=order.top_logprobs,
-            score_prompt=order.echo and order.top_logprobs is not None,
-            deadline=order.deadline,
-            owner=order.owner,
-            session=order.session,
+            spec.max_tokens,
+            choice,
+            top_logprobs=spec.top_logprobs,
+            score_prompt=spec.echo and spec.top_logprobs is not None,
+            deadline=spec.deadline,
+            owner=spec.owner,
+            session=spec.session,
         )
-        self._engine.submit(choice.request)
+        choice.stream = self._engine.submit(request)
         self.choices.append(choice)
 
-    def _told(self, choice: Choice, end: Finish | Exception | None) -> None:
-        if self.first is None and not isinstance(end, Exception):
-            self.first = time.monotonic() - self.began
+    def _report(self, choice: Choice, end: Finish | Exception | None) -> None:
+        """Engine's thread: have the event loop see to a choice."""
+        self._bridge.call(lambda: self._update(choice, end))
+
+    def _update(self, choice: Choice, end: Finish | Exception | None) -> None:
+        if self.first_token_seconds is None and not isinstance(end, Exception):
+            self.first_token_seconds = time.monotonic() - self.start
         if end is not None:
             choice.finish = end
-        if end is not None or self._loop.time() >= self._due:
+        if end is not None or self._loop.time() >= self._next_chunk:
             self._changed.set()
         elif self._timer is None:
-            self._timer = self._loop.call_at(self._due, self._changed.set)
+            self._timer = self._loop.call_at(self._next_chunk, self._changed.set)
 
     def cancel(self) -> None:
+        """Free the places of all choices in the engine."""
         for choice in self.choices:
-            self._engine.cancel(choice.request)
+            self._engine.cancel(choice.stream)
 
     @property
     def resumed(self) -> int:
-        """Tokens of the session that it goes on from; known from the first part on."""
-        return sum(choice.request.resumed for choice in self.choices)
+        """The number of tokens of the session that it resumed from; known from the first delta on."""
+        return sum(choice.stream.resumed for choice in self.choices)
 
     @property
     def prompt_tokens(self) -> int:
+        """The number of tokens of all prompts."""
         return sum(len(prompt.tokens) for prompt in self._prompts)
 
     @property
     def cached_tokens(self) -> int:
-        firsts = self.choices[:: len(self.choices) // len(self._prompts)]  # the choices of a prompt stand together
-        return sum(max(choice.request.cached - 1, 0) for choice in firsts)  # the mark before a document is none
+        """The number of prompt tokens whose state was cached."""
+        firsts = self.choices[:: len(self.choices) // len(self._prompts)]  # the choices of a prompt are adjacent
+        return sum(max(choice.stream.cached - 1, 0) for choice in firsts)  # less the end-of-text before the prompt
 
     @property
-    def made_tokens(self) -> int:
-        """Up to and with a stop string; marks of a document's ends not counted."""
+    def generated_tokens(self) -> int:
+        """The number of tokens generated, those of a stop string included, end-of-text tokens not."""
         return sum(choice.tokens for choice in self.choices)
 
     @property
-    def _pause(self) -> float:
-        """Seconds between two chunks."""
+    def _chunk_interval(self) -> float:
+        """The seconds between two chunks, which grow with the number of streams."""
         least, most = CHUNK_SECONDS
-        return min(max(least, self._engine.active / CHUNKS_A_SECOND), most)
+        return min(max(least, self._engine.active / CHUNKS_PER_SECOND), most)
 
-    async def parts(self) -> AsyncIterator[list[ChoiceDelta]]:
-        """New parts of choices: at once for the first time, then the less often the more streams there are, except
-        that an end does not wait. Raises what ended the engine."""
-        while not all(choice.sent_finish for choice in self.choices):
+    async def deltas(self) -> AsyncIterator[list[ChoiceDelta]]:
+        """Yield the deltas of all choices that have one: the first at once, later ones after the chunk interval or at
+        the end of a choice. Raises the error that ended a choice."""
+        while not all(choice.finish_sent for choice in self.choices):
             try:
-                async with asyncio.timeout_at(self._until):
+                async with asyncio.timeout_at(self._deadline):
                     await self._changed.wait()
-            except TimeoutError:  # the engine itself hangs, or it would have said so
-                raise Expired("the engine did not answer in the time that the request may take") from None
+            except TimeoutError:  # the engine itself hangs, or it would have reported the deadline
+                raise Expired("the engine did not answer within the time limit of the request") from None
             self._changed.clear()
             if self._timer:
                 self._timer.cancel()
@@ -259,21 +277,22 @@ class Generation:
                     raise choice.finish
             ready = [choice for choice in self.choices if choice.ready]
             if ready:
-                self._due = self._loop.time() + self._pause
+                self._next_chunk = self._loop.time() + self._chunk_interval
                 yield [choice.take() for choice in ready]
 
-    async def whole(self) -> list[ChoiceDelta]:
-        """Each choice in one part."""
-        found: dict[int, ChoiceDelta] = {}
-        async for parts in self.parts():
-            for part in parts:
-                before = found.get(part.choice, ChoiceDelta(part.choice, "", [], None))
-                found[part.choice] = part._replace(text=before.text + part.text, entries=before.entries + part.entries)
-        return [found[index] for index in sorted(found)]
+    async def complete(self) -> list[ChoiceDelta]:
+        """Wait for the end. Return each choice as one delta."""
+        merged: dict[int, ChoiceDelta] = {}
+        async for deltas in self.deltas():
+            for delta in deltas:
+                before = merged.get(delta.choice, ChoiceDelta(delta.choice, "", [], None))
+                text, entries = before.text + delta.text, before.entries + delta.entries
+                merged[delta.choice] = delta._replace(text=text, entries=entries)
+        return [merged[index] for index in sorted(merged)]
 
 
-def failure(error: Exception) -> ApiError:
-    """How a client is told of what ended a generation."""
+def api_error(error: Exception) -> ApiError:
+    """Return the HTTP error for an exception that ended a generation."""
     if isinstance(error, Expired):
         return ApiError(503, str(error), code="timeout")
     return ApiError(503 if isinstance(error, Closed) else 500, str(error))

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment: in each replica the models that the registry names, and their HTTP interface."""
+"""The Ray Serve deployment: replicas that serve the registry's models over HTTP, and how to deploy them."""
 
 import json
 import logging
@@ -28,42 +28,41 @@ from gru.serving.model_manager import ModelManager
 
 APP = "gru"
 IN_FLIGHT = "tokens_in_flight"
-THREADS = 1  # a step is too small to share; the other cores are for HTTP, and for other replicas
+THREADS = 1  # a step is too small to split; the other cores are for HTTP and for other replicas
 
-SWITCH_SECONDS = (
-    5e-4  # after which a thread asks another for Python's lock; 5e-3 lets the engine wait for the event loop
-)
+SWITCH_SECONDS = 5e-4  # interval at which threads hand over the GIL; 5e-3 makes the engine wait for the event loop
 
 log = logging.getLogger(__name__)
 
 
 class Replica:
-    """A replica: the models that the registry names, and their HTTP interface."""
+    """A replica of the endpoint: a model manager and the HTTP interface of its models."""
 
     def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str, settings: str) -> None:
         _stay_on_loopback()
-        _log_requests()
+        _configure_access_log()
         torch.set_num_threads(THREADS)
         sys.setswitchinterval(SWITCH_SECONDS)
         tracking.connect_impatiently(tracking_uri)
         self._config, self._settings = config, settings
-        kept = Path.home() / ".cache" / "gru-pipeline" / "served"
-        self._lineup = ModelManager(config, model_name, kept, serve.get_replica_context().replica_id.unique_id)
-        self._lineup.start()
+        directory = Path.home() / ".cache" / "gru-pipeline" / "served"
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        self._manager = ModelManager(config, model_name, directory, replica_id)
+        self._manager.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._lineup.models, self._config, self._lineup.metrics, self._settings)
+        return create_app(lambda: self._manager.models, self._config, self._manager.metrics, self._settings)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return {IN_FLIGHT: float(sum(served.engine.tokens_in_flight for served in self._lineup.models))}
+        return {IN_FLIGHT: float(sum(model.engine.tokens_in_flight for model in self._manager.models))}
 
     def check_health(self) -> None:
-        if not all(served.healthy for served in self._lineup.models[:1]):
-            raise RuntimeError("the engine does not respond")
+        if not all(model.healthy for model in self._manager.models[:1]):
+            raise RuntimeError("the engine has stalled or ended")
 
 
-def _log_requests() -> None:
-    """Have the access log written where the replica's other output goes."""
+def _configure_access_log() -> None:
+    """Write the access log where the replica's other output goes."""
     access = logging.getLogger("gru.access")
     access.setLevel(logging.INFO)
     access.propagate = False
@@ -71,30 +70,30 @@ def _log_requests() -> None:
 
 
 def _stay_on_loopback() -> None:
-    """On a Ray that is bound to the loopback address, keep the replica's gRPC port there too.
+    """Bind the replica's gRPC port to the loopback address, too, if Ray is bound to it.
 
-    Serve 2.60 opens that port, for calls between deployments, on all interfaces and has no option for it. It does so
-    after the deployment's own constructor.
+    Serve 2.60 opens that port, for calls between deployments, on all interfaces, and has no option to change that. It
+    opens the port after it has called the deployment's constructor.
     """
     address = ray.util.get_node_ip_address()
     if not address.startswith("127."):
         return
     open_port = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, wanted: open_port(server, wanted.replace("[::]", address))
+    replica.add_port_to_grpc_server = lambda server, target: open_port(server, target.replace("[::]", address))
 
 
 def deploy(config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str) -> None:
-    """Start Serve on the connected Ray cluster and put the endpoint up, or replace it; it outlives this process.
+    """Start Serve on the connected Ray cluster and deploy the endpoint, or replace it. It outlives this process.
 
-    Returns when a replica is ready. Raises UserError if the model has no @champion, if the port is in use, if the keys
-    cannot be read, or if other applications are served at another address of this cluster.
+    Returns when a replica is ready. Raises UserError if the model has no @champion, if the address cannot be bound, if
+    the key file cannot be read, or if this cluster serves other applications at another address.
     """
     mlflow.set_tracking_uri(tracking_uri)
     if versions.resolve(model_name, versions.CHAMPION) is None:
         raise UserError(f"{model_name}: no version is @{versions.CHAMPION}; train and promote one first")
     if config.keys:
-        Keys(config.keys)  # what is wrong with them is told here, not in each replica
-    _move_to(config.host, config.port)
+        Keys(config.keys)  # reports what is wrong with them here, not in each replica
+    _ensure_address(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port})
     serve.run(application(config, resources, model_name, tracking_uri), name=APP, route_prefix="/")
 
@@ -102,7 +101,7 @@ def deploy(config: ServeConfig, resources: ServeResources, model_name: str, trac
 def application(
     config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str
 ) -> serve.Application:
-    """The endpoint as what Ray Serve runs."""
+    """Return the endpoint as an application of Ray Serve."""
     options: dict[str, Any] = {"num_cpus": resources.cpus}
     if resources.memory:
         options["memory"] = resources.memory
@@ -110,34 +109,35 @@ def application(
         options["label_selector"] = resources.labels
     deployment = serve.deployment(
         name="Generator",
-        **_scale(config),
-        # Admission is the engine's business: Serve lets through what it takes, and some to be told 429.
+        **_scaling_options(config),
+        # The engine decides what it admits. Serve lets through more than that, so that clients get a 429 from it.
         max_ongoing_requests=2 * (config.slots + config.max_queue) + 64,
         health_check_period_s=10,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=config.request_seconds,  # it is over at once where nothing is open
+        graceful_shutdown_timeout_s=config.request_seconds,  # shutdown takes no time if no request is open
         ray_actor_options=options,
     )(serve.ingress()(Replica))
     return deployment.bind(config, model_name, tracking_uri, content_key(config, resources))
 
 
-def _scale(config: ServeConfig) -> dict[str, Any]:
-    """How many replicas, and which of them a request goes to: those of one x-session-id to the same.
+def _scaling_options(config: ServeConfig) -> dict[str, Any]:
+    """Return the options for the number of replicas and for routing: requests of one x-session-id go to one replica.
 
-    The router is this one where there is one replica, too: the proxies keep the one that they began with."""
+    A single replica gets this router, too, since the proxies keep the router that they started with.
+    """
     router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-    routed = {"request_router_config": RequestRouterConfig(request_router_class=router)}  # type: ignore[arg-type]
+    routing = {"request_router_config": RequestRouterConfig(request_router_class=router)}  # type: ignore[arg-type]
     if config.max_replicas is None:
-        return {"num_replicas": config.replicas, **routed}
-    by = {"tokens_per_replica": config.tokens_per_replica}
-    policy = AutoscalingPolicy(policy_function=TokensInFlight, policy_kwargs=by)
+        return {"num_replicas": config.replicas, **routing}
+    arguments = {"tokens_per_replica": config.tokens_per_replica}
+    policy = AutoscalingPolicy(policy_function=TokensInFlight, policy_kwargs=arguments)
     bounds = {"min_replicas": config.replicas, "max_replicas": config.max_replicas}
-    delays = {"upscale_delay_s": 10, "downscale_delay_s": 300}  # a state is lost with its replica
-    return {"autoscaling_config": AutoscalingConfig(policy=policy, **bounds, **delays), **routed}
+    delays = {"upscale_delay_s": 10, "downscale_delay_s": 300}  # a replica that ends loses its cached states
+    return {"autoscaling_config": AutoscalingConfig(policy=policy, **bounds, **delays), **routing}
 
 
 class TokensInFlight:
-    """How many replicas are wanted, by the tokens that they have in flight; Serve keeps to the bounds and delays."""
+    """An autoscaling policy: a number of tokens in flight per replica. Serve applies the bounds and delays."""
 
     def __init__(self, tokens_per_replica: int) -> None:
         self._tokens_per_replica = tokens_per_replica
@@ -147,8 +147,12 @@ class TokensInFlight:
         return math.ceil(sum(in_flight.values()) / self._tokens_per_replica), {}
 
 
-def _move_to(host: str, port: int) -> None:
-    """Make sure that Serve can be started at this address: it has one for all its applications."""
+def _ensure_address(host: str, port: int) -> None:
+    """Make sure that Serve can start at this address. Raises UserError if it cannot.
+
+    Serve has one address for all applications of a cluster, so it is shut down if it has another address and runs
+    nothing but the endpoint.
+    """
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is not None:
         running = client.http_config
@@ -156,23 +160,24 @@ def _move_to(host: str, port: int) -> None:
             return
         if set(serve.status().applications) - {APP}:
             raise UserError(
-                f"serve.port = {port}: this cluster already serves others at {running.host}:{running.port}: use that"
+                f"serve.port = {port}: this cluster already serves other applications at "
+                f"{running.host}:{running.port}; use that address"
             )
         serve.shutdown()
     require_bindable(host, port, "--set serve.port=PORT")
 
 
 def wait_ready(url: str, version: str, timeout: float) -> None:
-    """Wait until the endpoint at `url` (http://host:port) serves this version. Raises TimeoutError."""
+    """Wait until the endpoint at `url` (http://HOST:PORT) serves this version. Raises TimeoutError."""
     deadline = time.monotonic() + timeout
-    last: Any = "no answer"
+    state: Any = "no answer"
     while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"{url}/ready", timeout=5) as response:
-                last = json.load(response)["version"]
-            if last == version:
+                state = json.load(response)["version"]
+            if state == version:
                 return
         except (OSError, ValueError, LookupError) as error:
-            last = error
+            state = error
         time.sleep(0.2)
-    raise TimeoutError(f"{url} does not serve version {version} after {timeout:.0f} s: {last}")
+    raise TimeoutError(f"{url} does not serve version {version} after {timeout:.0f} s; last answer: {state}")

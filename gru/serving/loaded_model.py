@@ -11,22 +11,24 @@ if TYPE_CHECKING:
     from gru.registry.bundle import Bundle
     from gru.registry.versions import Version
 
-STALL_SECONDS = 30  # an engine whose loop has not turned for so long counts as stalled
+STALL_SECONDS = 30  # an engine whose loop has not iterated for so long counts as stalled
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that answers."""
+    """A model that serves requests."""
 
     engine: Engine
     bundle: "Bundle"
     version: "Version"
     alias: str = "champion"
-    """By which the registry named it when it was loaded."""
+    """Alias that the version had in the registry when it was loaded."""
 
     @property
     def healthy(self) -> bool:
+        """Whether the engine's loop is running."""
         return time.monotonic() - self.engine.heartbeat < STALL_SECONDS
 
 
 ModelProvider = Callable[[], Sequence[LoadedModel]]
+"""Returns the models that serve now, the default model first."""

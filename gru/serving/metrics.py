@@ -1,13 +1,13 @@
-"""What a replica counts, for Prometheus. https://prometheus.io/docs/practices/naming/"""
+"""Prometheus metrics of one replica. https://prometheus.io/docs/practices/naming/"""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gru.serving.choices import Generation
-from gru.serving.loaded_model import LoadedModel
+from gru.serving.loaded_model import ModelProvider
 
 PATHS = ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -15,55 +15,57 @@ REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """Of one replica, whose name each sample bears. provider: the models that answer now."""
+    """The metrics of one replica, whose name is a label of each sample."""
 
-    def __init__(self, provider: Callable[[], Sequence[LoadedModel]], replica: str) -> None:
+    def __init__(self, provider: ModelProvider, replica: str) -> None:
         self._replica = replica
         self.registry = CollectorRegistry()
-        self.registry.register(_Engines(provider))
+        self.registry.register(_EngineCollector(provider))
         self._requests = Counter(
-            "gru_http_requests", "Answered requests; 499: the client left", ["path", "status"], registry=self.registry
-        )
-        self._seconds = Histogram(
-            "gru_http_request_seconds", "From the request to the answer's end", ["path"],
+            "gru_http_requests", "Answered requests; status 499: the client left", ["path", "status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._request_seconds = Histogram(
+            "gru_http_request_seconds", "Seconds from the request to the end of the response", ["path"],
             buckets=REQUEST_SECONDS, registry=self.registry,
         )  # fmt: skip
-        self._first = Histogram(
-            "gru_time_to_first_token_seconds", "From a request's arrival to its first token", ["version"],
+        self._first_token_seconds = Histogram(
+            "gru_time_to_first_token_seconds", "Seconds from the request to its first token", ["version"],
             buckets=FIRST_TOKEN_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._tokens = Counter(
-            "gru_tokens", "Tokens of prompts, found in the cache, and generated", ["version", "kind"],
-            registry=self.registry,
+            "gru_tokens", "Tokens by kind: prompt, cached (prompt tokens found in the cache), generated",
+            ["version", "kind"], registry=self.registry,
         )  # fmt: skip
         self.refused = Counter(
-            "gru_models_refused", "Versions that the registry named and that were not taken into service",
-            registry=self.registry,
-        )  # fmt: skip
-        self.unreachable = Counter(
-            "gru_registry_unreachable", "Looks at the registry that failed", registry=self.registry
+            "gru_models_refused", "Failed attempts to load a version that the registry names", registry=self.registry
         )
+        self.unreachable = Counter(
+            "gru_registry_unreachable", "Failed requests to the registry", registry=self.registry
+        )  # fmt: skip
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
+    def record_request(self, path: str, status: int, seconds: float) -> None:
+        """Count an HTTP request that has been answered."""
         path = path if path in PATHS else "other"
         self._requests.labels(path, status).inc()
-        self._seconds.labels(path).observe(seconds)
+        self._request_seconds.labels(path).observe(seconds)
 
-    def generated(self, generation: Generation) -> None:
-        """A generation is over."""
-        version = generation.served.version.version
-        if generation.first is not None:
-            self._first.labels(version).observe(generation.first)
+    def record_generation(self, generation: Generation) -> None:
+        """Count the tokens of a generation that has ended."""
+        version = generation.model.version.version
+        if generation.first_token_seconds is not None:
+            self._first_token_seconds.labels(version).observe(generation.first_token_seconds)
         self._tokens.labels(version, "prompt").inc(generation.prompt_tokens)
         self._tokens.labels(version, "cached").inc(generation.cached_tokens)
-        self._tokens.labels(version, "generated").inc(generation.made_tokens)
+        self._tokens.labels(version, "generated").inc(generation.generated_tokens)
 
     def page(self) -> bytes:
-        return generate_latest(_Named(self.registry, self._replica))
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(_LabelledRegistry(self.registry, self._replica))
 
 
-class _Named(CollectorRegistry):
-    """What is in a registry, with one more label: a scrape reaches one replica today, and another tomorrow."""
+class _LabelledRegistry(CollectorRegistry):
+    """A registry's metrics with the replica as one more label: scrapes of one address reach different replicas."""
 
     def __init__(self, registry: CollectorRegistry, replica: str) -> None:
         super().__init__()
@@ -75,27 +77,27 @@ class _Named(CollectorRegistry):
             yield metric
 
 
-class _Engines(Collector):
-    """What the engines say of themselves when they are asked."""
+class _EngineCollector(Collector):
+    """Gauges that are read from the engines at each scrape."""
 
-    def __init__(self, provider: Callable[[], Sequence[LoadedModel]]) -> None:
+    def __init__(self, provider: ModelProvider) -> None:
         self._provider = provider
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         gauges = {
-            name: GaugeMetricFamily(f"gru_{name}", words, labels=["version"])
-            for name, words in {
+            name: GaugeMetricFamily(f"gru_{name}", text, labels=["version"])
+            for name, text in {
                 "requests_running": "Requests in a slot",
                 "requests_waiting": "Requests in the queue",
-                "tokens_in_flight": "Tokens that these requests may come to",
-                "cached_states": "States of sessions and of beginnings of prompts",
-                "cached_bytes": "Memory of these",
+                "tokens_in_flight": "Prompt tokens and max_tokens of these requests",
+                "cached_states": "Cached states of sessions and of prompt prefixes",
+                "cached_bytes": "Memory of the cached states",
             }.items()
         }
-        info = GaugeMetricFamily("gru_model_info", "Models that answer", labels=["model", "version", "alias", "digest"])
-        for served in self._provider():
-            engine, version = served.engine, served.version
-            info.add_metric([version.name, version.version, served.alias, served.bundle.digest], 1)
+        info = GaugeMetricFamily("gru_model_info", "Models that serve", labels=["model", "version", "alias", "digest"])
+        for model in self._provider():
+            engine, version = model.engine, model.version
+            info.add_metric([version.name, version.version, model.alias, model.bundle.digest], 1)
             values = (engine.active, engine.waiting, engine.tokens_in_flight, len(engine.cache), engine.cache.bytes)
             for gauge, value in zip(gauges.values(), values, strict=True):
                 gauge.add_metric([version.version], value)

@@ -1,6 +1,6 @@
-"""Who may ask, how much at once, and what is noted of it: the layer around the HTTP interface.
+"""Access control and the access log: the ASGI layer around the HTTP interface.
 
-It knows paths and headers, and nothing of models. Neither a key nor a text is ever logged.
+It knows paths and headers, but no models. Neither a key nor a text is ever logged.
 """
 
 import asyncio
@@ -19,16 +19,19 @@ from gru.serving.protocol import ApiError
 if TYPE_CHECKING:
     from gru.serving.metrics import Metrics
 
-KEYED = ("/v1/", "/metrics")  # paths that need a key, where there are keys
-BODY_SECONDS = 30.0  # in which a body must have arrived
+PROTECTED_PATHS = ("/v1/", "/metrics")  # paths that require a key, if there are keys
+BODY_SECONDS = 30.0  # time within which a body must arrive
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+CLIENT_LEFT = 499  # status in log and metrics when no response was started
 
 log = logging.getLogger("gru.access")
 
 
 class AccessMiddleware:
-    """ASGI middleware: checks the key, takes the whole body if it is small enough, names the request, notes what came
-    of it. What it finds is in the scope's state: `owner`, and `noted`, which takes what else is to be logged."""
+    """Checks the API key, reads the body within its size limit, gives the request an id, and logs the request.
+
+    Handlers find in the scope's state: `owner`, of the key; and `log_fields`, a dict for more fields of the log line.
+    """
 
     def __init__(self, app: ASGIApp, keys: Keys | None, max_body: int, metrics: "Metrics") -> None:
         self._app, self._keys, self._max_body, self._metrics = app, keys, max_body, metrics
@@ -37,90 +40,106 @@ class AccessMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.monotonic()
+        start = time.monotonic()
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        given = headers.get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        noted: dict[str, Any] = {}
-        scope.setdefault("state", {}).update(noted=noted, owner="")
-        status = 499  # unless an answer begins
-
-        async def send_named(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                named = [(b"x-request-id", request_id.encode())]
-                message = {**message, "headers": [*message.get("headers", []), *named]}
-            await send(message)
-
+        scope.setdefault("state", {}).update(log_fields={}, owner="")
+        response = _Response(send, request_id(headers))
         try:
             scope["state"]["owner"] = self._owner(scope["path"], headers)
-            body = await self._body(headers, receive)
-            await self._app(scope, _replay(body, receive), send_named)
+            body = await read_body(headers, receive, self._max_body)
+            await self._app(scope, replay(body, receive), response.send)
         except ApiError as error:
-            await error.response()(scope, receive, send_named)
+            await error.response()(scope, receive, response.send)
         except Exception:
-            status = 500
+            response.status = 500
             raise
         finally:
-            seconds = time.monotonic() - began
-            self._metrics.answered(scope["path"], status, seconds)
-            record = {
-                "request": request_id,
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "seconds": round(seconds, 4),
-                "owner": scope["state"]["owner"] or None,
-                **noted,
-            }
-            log.info(json.dumps(record))
+            self._log(scope, response, time.monotonic() - start)
 
     def _owner(self, path: str, headers: dict[str, str]) -> str:
-        if self._keys is None or not path.startswith(KEYED):
+        """Return the owner of the request's key; "" where none is required. Raises ApiError (401)."""
+        if self._keys is None or not path.startswith(PROTECTED_PATHS):
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="missing_api_key")
+            raise ApiError(401, "an API key is required: Authorization: Bearer KEY", code="missing_api_key")
         owner = self._keys.owner(key.strip())
         if owner is None:
-            raise ApiError(401, "this API key is not known here", code="invalid_api_key")
+            raise ApiError(401, "this API key is unknown", code="invalid_api_key")
         return owner
 
-    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes:
-        """All of it. Raises ApiError if it is too large or does not come; the size is known before it is read, where
-        the client says it."""
-        too_large = ApiError(413, f"the body of a request has at most {self._max_body:,} bytes here")
-        told = headers.get("content-length", "0")
-        if told.isdecimal() and int(told[:20]) > self._max_body:
-            raise too_large
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the body ended early")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._max_body:
-                        raise too_large
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            raise ApiError(400, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
-        return b"".join(parts)
+    def _log(self, scope: Scope, response: "_Response", seconds: float) -> None:
+        self._metrics.record_request(scope["path"], response.status, seconds)
+        fields = {
+            "request": response.request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": response.status,
+            "seconds": round(seconds, 4),
+            "owner": scope["state"]["owner"] or None,
+            **scope["state"]["log_fields"],
+        }
+        log.info(json.dumps(fields))
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` for an app whose body was taken already."""
-    given = False
+class _Response:
+    """What is sent for one request: adds the request id to the headers and remembers the status."""
 
-    async def again() -> Message:
-        nonlocal given
-        if given:
+    def __init__(self, send: Send, request_id: str) -> None:
+        self.request_id = request_id
+        self.status = CLIENT_LEFT
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            header = (b"x-request-id", self.request_id.encode())
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        await self._send(message)
+
+
+def request_id(headers: dict[str, str]) -> str:
+    """Return the client's request id if it is well-formed, otherwise a new one."""
+    client_id = headers.get("x-request-id", "")
+    return client_id if REQUEST_ID.fullmatch(client_id) else uuid.uuid4().hex
+
+
+async def read_body(headers: dict[str, str], receive: Receive, max_bytes: int) -> bytes:
+    """Read the whole body. Raises ApiError if it is too large or does not arrive.
+
+    A Content-Length that is too large is refused before the body is read.
+    """
+    too_large = ApiError(413, f"the body of a request may have at most {max_bytes:,} bytes")
+    content_length = headers.get("content-length", "0")
+    if content_length.isdecimal() and int(content_length[:20]) > max_bytes:
+        raise too_large
+    parts: list[Any] = []
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ApiError(400, "the body ended early")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > max_bytes:
+                    raise too_large
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise ApiError(400, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+    return b"".join(parts)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that first returns the body, which was read already."""
+    replayed = False
+
+    async def receive_again() -> Message:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        given = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_again

@@ -1,7 +1,7 @@
-"""What clients may say, and what they are told if it is wrong: OpenAI's API as records. No engine, no transport.
+"""The requests of OpenAI's API as records, and the errors for what is wrong in them. No engine, no transport.
 
-Reference: https://platform.openai.com/docs/api-reference. What can be ignored without changing the text is ignored;
-what cannot is refused.
+Reference: https://platform.openai.com/docs/api-reference. A field that is not supported is ignored if it cannot change
+the text, and refused if it can.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,13 +13,13 @@ from gru.config import ServeConfig
 
 UNSUPPORTED = (
     *("suffix", "tools", "functions", "tool_choice", "function_call", "audio", "prediction"),
-    # vLLM's
+    # fields of vLLM's API
     *("min_tokens", "ignore_eos", "stop_token_ids", "include_stop_str_in_output", "prompt_logprobs"),
     *("truncate_prompt_tokens", "use_beam_search", "structured_outputs", "chat_template", "continue_final_message"),
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
 )
-MAX_BIASES = 1024
-MAX_CHARACTERS = 2_000_000  # of all prompts of a request, before it is tokenized
+MAX_BIASES = 1024  # tokens in logit_bias
+MAX_CHARACTERS = 2_000_000  # in all prompts of a request, before they are tokenized
 EXPECTED = {
     "prompt": "expected a string or a list of strings, not token ids",
     "stop": "expected a string or a list of at most 16 strings, each of 1 to 256 characters",
@@ -28,7 +28,7 @@ EXPECTED = {
 
 
 def bounded(bias: Any) -> Any:
-    """Looked at first: of a long table each wrong entry would become an error of its own."""
+    """Refuse a long table before its entries are checked: each wrong one would become an error of its own."""
     if isinstance(bias, dict) and len(bias) > MAX_BIASES:
         raise ValueError(f"at most {MAX_BIASES} tokens")
     return bias
@@ -40,7 +40,7 @@ TopLogprobs = Annotated[int, Field(ge=0, le=20)]
 
 
 class ApiError(Exception):
-    """An answer that is an error."""
+    """An error response in OpenAI's layout."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -56,6 +56,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
+        """Return the HTTP response for this error."""
         headers = {429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}, 401: {"WWW-Authenticate": "Bearer"}}
         return JSONResponse(self.content, self.status, headers.get(self.status))
 
@@ -65,7 +66,7 @@ class StreamOptions(BaseModel):
 
 
 class TextRequest(BaseModel):
-    """What both kinds of requests have."""
+    """The fields that completions and chat completions have in common."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -89,15 +90,16 @@ class TextRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, fields: Any) -> Any:
-        """OpenAI's clients send null for the default."""
+        """Drop null values: OpenAI's clients send null for the default."""
         return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     @property
     def stops(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
     def bias(self, vocab_size: int) -> dict[int, float]:
-        """By token id. Raises ApiError."""
+        """Return logit_bias by token id. Raises ApiError."""
         for name in self.logit_bias:
             if not (name.isdecimal() and name.isascii() and len(name) < 10 and int(name) < vocab_size):
                 raise ApiError(400, f"logit_bias: {name!a}: expected token ids below {vocab_size}", "logit_bias")
@@ -105,32 +107,32 @@ class TextRequest(BaseModel):
 
 
 class PromptRequest(NamedTuple):
-    """What either kind of request comes to."""
+    """What either kind of request asks for: prompts to continue."""
 
     prompts: list[str]
     param: str
-    """Where the client has them."""
+    """Name of the client's field that has the prompts, for error messages."""
     max_tokens: int
     top_logprobs: int | None
-    """None: no logprobs."""
+    """Number of likeliest tokens to report; None reports no log-probabilities."""
     stops: list[str]
     echo: bool
 
-    def refuse(self, body: TextRequest, config: ServeConfig) -> None:
-        """Raises ApiError for what can be seen to be wrong before anything is tokenized."""
+    def check(self, body: TextRequest, config: ServeConfig) -> None:
+        """Raise ApiError for mistakes that can be found before the prompts are tokenized."""
         if sum(map(len, self.prompts)) > MAX_CHARACTERS:
             raise ApiError(400, f"{self.param}: at most {MAX_CHARACTERS:,} characters", self.param)
         for prompt in self.prompts:
             try:
                 prompt.encode()
             except UnicodeEncodeError:
-                raise ApiError(400, f"{self.param}: half of a surrogate pair is not text", self.param) from None
+                raise ApiError(400, f"{self.param}: a lone surrogate is not valid text", self.param) from None
         if self.max_tokens > config.max_tokens:
-            raise ApiError(400, f"max_tokens: at most {config.max_tokens:,} here", "max_tokens")
+            raise ApiError(400, f"max_tokens: at most {config.max_tokens:,}", "max_tokens")
         if not self.max_tokens and not self.echo:
-            raise ApiError(400, "max_tokens: 0 needs echo = true", "max_tokens")
+            raise ApiError(400, "max_tokens: 0 requires echo = true", "max_tokens")
         if body.session_id and (len(self.prompts) * body.n > 1 or self.echo):
-            raise ApiError(400, "session_id: goes with one prompt, n = 1 and echo = false", "session_id")
+            raise ApiError(400, "session_id: requires one prompt, n = 1 and echo = false", "session_id")
 
 
 class CompletionRequest(TextRequest):
@@ -139,18 +141,19 @@ class CompletionRequest(TextRequest):
     logprobs: TopLogprobs | None = None
     echo: bool = False
 
-    def asked(self) -> PromptRequest:
+    def prompt_request(self) -> PromptRequest:
+        """Return the prompts to continue."""
         prompts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
         return PromptRequest(prompts, "prompt", self.max_tokens, self.logprobs, self.stops, self.echo)
 
 
 def joined(content: Any) -> Any:
-    """Parts of text as one text. Ends at the first that is none: a long list must not become a long list of errors."""
+    """Join a list of text parts. Raises at the first wrong part: a long list must not become a long list of errors."""
     if not isinstance(content, list):
         return content
     for part in content:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError("expected parts of the type text")
+            raise ValueError("expected parts of type text")
     return "".join(part["text"] for part in content)
 
 
@@ -168,16 +171,17 @@ class ChatRequest(TextRequest):
     logprobs: bool = False
     top_logprobs: TopLogprobs = 0
 
-    def asked(self, template: str) -> PromptRequest:
-        """The messages as one prompt, up to where the answer begins. template: as `serve.chat_template` says.
+    def prompt_request(self, template: str) -> PromptRequest:
+        """Return the messages as one prompt that ends where the answer begins. Raises ApiError.
 
-        Raises ApiError."""
+        `template` is described in the configuration: `serve.chat_template`.
+        """
         if self.top_logprobs and not self.logprobs:
-            raise ApiError(400, "top_logprobs: needs logprobs = true", "top_logprobs")
+            raise ApiError(400, "top_logprobs: requires logprobs = true", "top_logprobs")
         before, after = template.split("{content}")
-        said = "".join(before.replace("{role}", m.role) + m.content + after for m in self.messages)
+        conversation = "".join(before.replace("{role}", m.role) + m.content + after for m in self.messages)
         return PromptRequest(
-            prompts=[said + before.replace("{role}", "assistant")],
+            prompts=[conversation + before.replace("{role}", "assistant")],
             param="messages",
             max_tokens=self.max_completion_tokens or self.max_tokens,
             top_logprobs=self.top_logprobs if self.logprobs else None,
@@ -187,7 +191,7 @@ class ChatRequest(TextRequest):
 
 
 def refuse_unsupported(body: TextRequest) -> None:
-    """Raises ApiError if the body asks for what is not done here, and would change the text."""
+    """Raise ApiError if the body has a field that is not supported and would change the text."""
     extra = body.model_extra or {}
     for field in UNSUPPORTED:
         if extra.get(field):
@@ -195,4 +199,4 @@ def refuse_unsupported(body: TextRequest) -> None:
     if extra.get("best_of") not in (None, body.n):
         raise ApiError(400, "best_of: not supported", "best_of", "unsupported_parameter")
     if extra.get("response_format") not in (None, {"type": "text"}):
-        raise ApiError(400, "response_format: only text", "response_format", "unsupported_parameter")
+        raise ApiError(400, "response_format: only text is supported", "response_format", "unsupported_parameter")

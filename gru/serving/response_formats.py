@@ -1,4 +1,4 @@
-"""How OpenAI's two kinds of answers are laid out: completions, and chats."""
+"""The layout of OpenAI's two kinds of responses: completions and chat completions."""
 
 from typing import Any, Protocol
 
@@ -7,29 +7,35 @@ from gru.serving.choices import ChoiceDelta, TokenEntry
 
 
 class Format(Protocol):
-    prefix: str
-    """Of ids."""
+    """The layout of one response."""
+
+    id_prefix: str
+    """Prefix of the response's id."""
     kind: str
-    """Of a whole answer."""
+    """Value of `object` in a whole response."""
     chunk_kind: str
-    """Of a part of one."""
+    """Value of `object` in a chunk of a stream."""
 
-    def whole(self, part: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]: ...
+    def choice(self, delta: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return a complete choice."""
 
-    def chunk(self, part: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]: ...
+    def chunk(self, delta: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Return the new part of a choice, for a stream."""
 
 
 class CompletionFormat:
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+    """The layout of /v1/completions."""
+
+    id_prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, logprobs: bool) -> None:
         self._logprobs = logprobs
 
-    def whole(self, part: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
-        logprobs = self._entries(part.entries, tokenizer) if self._logprobs else None
-        return {"index": part.choice, "text": part.text, "logprobs": logprobs, "finish_reason": part.finish}
+    def choice(self, delta: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
+        logprobs = self._entries(delta.entries, tokenizer) if self._logprobs else None
+        return {"index": delta.choice, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}
 
-    chunk = whole
+    chunk = choice
 
     def _entries(self, entries: list[TokenEntry], tokenizer: Tokenizer) -> dict[str, Any]:
         return {
@@ -43,36 +49,39 @@ class CompletionFormat:
 
 
 class ChatFormat:
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    """The layout of /v1/chat/completions."""
+
+    id_prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, logprobs: bool) -> None:
         self._logprobs = logprobs
-        self._begun: set[int] = set()
+        self._started: set[int] = set()
 
-    def whole(self, part: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
-        return self._choice(part, tokenizer, {"message": {"role": "assistant", "content": part.text, "refusal": None}})
+    def choice(self, delta: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return self._layout(delta, tokenizer, {"message": message})
 
-    def chunk(self, part: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
-        role = {} if part.choice in self._begun else {"role": "assistant"}
-        self._begun.add(part.choice)
-        return self._choice(part, tokenizer, {"delta": {**role, "content": part.text}})
+    def chunk(self, delta: ChoiceDelta, tokenizer: Tokenizer) -> dict[str, Any]:
+        role = {} if delta.choice in self._started else {"role": "assistant"}
+        self._started.add(delta.choice)
+        return self._layout(delta, tokenizer, {"delta": {**role, "content": delta.text}})
 
-    def _choice(self, part: ChoiceDelta, tokenizer: Tokenizer, content: dict[str, Any]) -> dict[str, Any]:
-        logprobs = {"content": [_token(tokenizer, entry) for entry in part.entries], "refusal": None}
+    def _layout(self, delta: ChoiceDelta, tokenizer: Tokenizer, content: dict[str, Any]) -> dict[str, Any]:
+        logprobs = {"content": [_entry(tokenizer, entry) for entry in delta.entries], "refusal": None}
         return {
-            "index": part.choice,
+            "index": delta.choice,
             **content,
             "logprobs": logprobs if self._logprobs else None,
-            "finish_reason": part.finish,
+            "finish_reason": delta.finish,
         }
 
 
-def _token(tokenizer: Tokenizer, entry: TokenEntry) -> dict[str, Any]:
-    top = [_one(tokenizer, token, value) for token, value in entry.logprobs.top]
-    return {**_one(tokenizer, entry.token, entry.logprobs.token), "top_logprobs": top}
+def _entry(tokenizer: Tokenizer, entry: TokenEntry) -> dict[str, Any]:
+    top = [_token(tokenizer, token, value) for token, value in entry.logprobs.top]
+    return {**_token(tokenizer, entry.token, entry.logprobs.token), "top_logprobs": top}
 
 
-def _one(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
     return {
         "token": spell(tokenizer, token),
         "logprob": logprob,
@@ -81,7 +90,7 @@ def _one(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
 
 
 def spell(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; `bytes:\\xe6\\x98` where it is no whole character, and the end of a document by its name."""
+    """Return a token's text: `bytes:\\xe6\\x98` if it is not whole characters, `<|endoftext|>` at a document's end."""
     if token == tokenizer.end_of_text:
         return "<|endoftext|>"
     data = tokenizer.token_bytes[token]

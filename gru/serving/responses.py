@@ -1,4 +1,4 @@
-"""A generation as one client is told of it: whole, or in server-sent events."""
+"""The HTTP response of a generation: as one JSON object, or as a stream of server-sent events."""
 
 import asyncio
 import json
@@ -11,93 +11,96 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from gru.serving.choices import Generation, failure
+from gru.serving.choices import Generation, api_error
 from gru.serving.metrics import Metrics
+from gru.serving.middleware import CLIENT_LEFT
 from gru.serving.protocol import TextRequest
 from gru.serving.response_formats import Format
 
 
 class Reply:
-    """A generation as one client is to be told of it."""
+    """A generation with the format in which one client gets it."""
 
     def __init__(
-        self, generation: Generation, made: Format, body: TextRequest, request: Request, metrics: Metrics
+        self, generation: Generation, format: Format, body: TextRequest, request: Request, metrics: Metrics
     ) -> None:
         self.generation = generation
-        self.made = made
+        self.format = format
         self._session = body.session_id
-        self._noted = request.state.noted
+        self._log_fields = request.state.log_fields
         self._metrics = metrics
-        self._over = False
-        version, bundle = generation.served.version, generation.served.bundle
-        self._fixed = {
-            "id": f"{made.prefix}-{uuid.uuid4().hex}",
+        self._ended = False
+        version, bundle = generation.model.version, generation.model.bundle
+        self._common = {
+            "id": f"{format.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": version.name,
             "system_fingerprint": f"{version.version}-{bundle.digest[:16]}",
         }
 
     def head(self, kind: str) -> dict[str, Any]:
-        head = {**self._fixed, "object": kind}
+        """Return the fields that every response object of this kind has, without choices and usage."""
+        head = {**self._common, "object": kind}
         if self._session:
             head["session"] = {"id": self._session, "resumed_tokens": self.generation.resumed}
         return head
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Tokens of the prompts and of the texts; marks of a document's ends not counted."""
-        prompt, made = self.generation.prompt_tokens, self.generation.made_tokens
+        """The number of tokens of the prompts and of the texts, end-of-text tokens not counted."""
+        prompt, generated = self.generation.prompt_tokens, self.generation.generated_tokens
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": made,
-            "total_tokens": prompt + made,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": self.generation.cached_tokens},
         }
 
     def end(self) -> None:
-        """Free its places, and note what came of it; once."""
-        if self._over:
+        """Free the generation's places, count its tokens and add the result to the log line; only the first time."""
+        if self._ended:
             return
-        self._over = True
+        self._ended = True
         self.generation.cancel()
-        self._metrics.generated(self.generation)
-        first = self.generation.first
-        self._noted.update(
-            version=self.generation.served.version.version,
+        self._metrics.record_generation(self.generation)
+        first = self.generation.first_token_seconds
+        self._log_fields.update(
+            version=self.generation.model.version.version,
             prompt_tokens=self.generation.prompt_tokens,
-            made_tokens=self.generation.made_tokens,
+            made_tokens=self.generation.generated_tokens,
             first_token_seconds=None if first is None else round(first, 4),
             finish=[str(choice.finish) for choice in self.generation.choices],
         )
 
 
-async def whole(reply: Reply, request: Request) -> Response:
-    """Everything in one answer; a client that leaves ends it."""
+async def json_response(reply: Reply, request: Request) -> Response:
+    """Return the complete generation in one response. If the client leaves, the generation is cancelled."""
 
-    async def leave() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    collecting, leaving = asyncio.ensure_future(reply.generation.whole()), asyncio.ensure_future(leave())
+    completing = asyncio.ensure_future(reply.generation.complete())
+    leaving = asyncio.ensure_future(wait_for_disconnect())
     try:
-        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            return Response(status_code=499)  # nobody reads it
+        await asyncio.wait({completing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not completing.done():
+            return Response(status_code=CLIENT_LEFT)  # nobody reads it
         try:
-            parts = collecting.result()
+            deltas = completing.result()
         except Exception as error:
-            raise failure(error) from error
-        tokenizer = reply.generation.served.bundle.tokenizer
-        choices = [reply.made.whole(part, tokenizer) for part in parts]
-        return JSONResponse({**reply.head(reply.made.kind), "choices": choices, "usage": reply.usage})
+            raise api_error(error) from error
+        tokenizer = reply.generation.model.bundle.tokenizer
+        choices = [reply.format.choice(delta, tokenizer) for delta in deltas]
+        return JSONResponse({**reply.head(reply.format.kind), "choices": choices, "usage": reply.usage})
     finally:
-        collecting.cancel()
+        completing.cancel()
         leaving.cancel()
         reply.end()
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. Whatever ends it frees its slots, even before the first event."""
+    """A response of server-sent events. However it ends, even before the first event, it frees its slots."""
 
     def __init__(self, reply: Reply, include_usage: bool) -> None:
         self._reply = reply
@@ -112,19 +115,21 @@ class EventStream(StreamingResponse):
 
 
 async def events(reply: Reply, include_usage: bool) -> AsyncIterator[str]:
+    """Yield the events of a generation, as they become due."""
     usage = {"usage": None} if include_usage else {}
-    tokenizer = reply.generation.served.bundle.tokenizer
+    tokenizer = reply.generation.model.bundle.tokenizer
     try:
-        async for parts in reply.generation.parts():
-            head = reply.head(reply.made.chunk_kind)
-            yield "".join(event({**head, "choices": [reply.made.chunk(p, tokenizer)], **usage}) for p in parts)
+        async for deltas in reply.generation.deltas():
+            head = reply.head(reply.format.chunk_kind)
+            chunks = [{**head, "choices": [reply.format.chunk(delta, tokenizer)], **usage} for delta in deltas]
+            yield "".join(event(chunk) for chunk in chunks)
         if include_usage:
-            yield event({**reply.head(reply.made.chunk_kind), "choices": [], "usage": reply.usage})
+            yield event({**reply.head(reply.format.chunk_kind), "choices": [], "usage": reply.usage})
         yield "data: [DONE]\n\n"
     except Exception as error:
-        yield event(failure(error).content)
+        yield event(api_error(error).content)
 
 
 def event(content: dict[str, Any]) -> str:
-    # ASCII, for clients that take U+2028 and the like for the end of a line
+    """Return one server-sent event. It is ASCII, for clients that take U+2028 and the like for the end of a line."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"

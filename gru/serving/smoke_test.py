@@ -1,10 +1,11 @@
-"""The smoke test that a model passes before it serves: a short generation with finite log-probabilities."""
+"""The smoke test that a model must pass before it serves: a short generation with finite log-probabilities."""
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import Future
 
-from gru.generation.engine import Engine, Finish, Request
+from gru.generation.engine import Engine
+from gru.generation.generate import Collector
+from gru.generation.request import Request
 from gru.generation.sampling import SamplingParams
 
 PROMPT = "The "
@@ -13,26 +14,17 @@ TIMEOUT_SECONDS = 60
 
 
 class UnfitModel(Exception):
-    """A version that must not serve."""
+    """The model of this version must not serve."""
 
 
 def smoke_test(engine: Engine, prompt: Sequence[int]) -> None:
-    """Let the engine write a few tokens. Raises Unfit if what the model says is no number, or nothing comes."""
-    done: Future[None] = Future()
-
-    def on_token(token: int | None, end: Finish | Exception | None) -> None:
-        if isinstance(end, Exception):
-            done.set_exception(end)
-        elif end is not None:
-            done.set_result(None)
-
-    params = SamplingParams(seed=0)
-    request = Request(prompt, params, MAX_TOKENS, on_token, top_logprobs=1, score_prompt=True)
-    engine.submit(request)
+    """Generate a few tokens. Raises UnfitModel if the engine returns nothing, or log-probabilities with NaN or inf."""
+    collector = Collector()
+    request = Request(prompt, SamplingParams(seed=0), MAX_TOKENS, collector, top_logprobs=1, score_prompt=True)
+    stream = engine.submit(request)
     try:
-        done.result(TIMEOUT_SECONDS)
+        collector.wait(TIMEOUT_SECONDS)
     except TimeoutError:
-        raise UnfitModel(f"it wrote nothing within {TIMEOUT_SECONDS} s") from None
-    said = [*request.prompt_logprobs, *request.logprobs]
-    if not all(math.isfinite(each.token) for each in said):
-        raise UnfitModel("its probabilities are no numbers")
+        raise UnfitModel(f"the smoke test did not end within {TIMEOUT_SECONDS} s") from None
+    if not all(math.isfinite(each.token) for each in [*stream.prompt_logprobs, *stream.logprobs]):
+        raise UnfitModel("log-probabilities contain NaN or infinity")

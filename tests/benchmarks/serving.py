@@ -12,7 +12,6 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,9 @@ import torch
 from gru.config import CorpusConfig, ModelConfig, ServeConfig, ServeResources, TokenizerConfig
 from gru.corpus import sources, tokenizer
 from gru.corpus.documents import Report, documents
-from gru.generation.engine import Engine, Finish, Request
+from gru.generation.engine import Engine
+from gru.generation.generate import Collector
+from gru.generation.request import Request
 from gru.generation.sampling import SamplingParams
 from gru.model.inference import inference_model
 from gru.model.language_model import GRULanguageModel
@@ -63,17 +64,12 @@ def model() -> GRULanguageModel:
 def engine_rate(streams: int, tokens: int) -> float:
     """Tokens/s of so many streams at a time, from the first step with all of them on."""
     engine = Engine(inference_model(model()), END, streams, streams)
-    left, done = [streams], threading.Event()
-
-    def receive(token: int | None, end: Finish | Exception | None) -> None:
-        left[0] -= end is not None
-        if not left[0]:
-            done.set()
-
+    collectors = [Collector() for _ in range(streams)]
     started = time.perf_counter()
-    for seed in range(streams):
-        engine.submit(Request([1], SamplingParams(seed), tokens, receive))
-    done.wait()
+    for seed, collector in enumerate(collectors):
+        engine.submit(Request([1], SamplingParams(seed), tokens, collector))
+    for collector in collectors:
+        collector.wait()
     rate = streams * tokens / (time.perf_counter() - started)
     engine.close()
     engine.join()

@@ -474,8 +474,8 @@ def test_prometheus_asks_where_something_answers() -> None:
 def published() -> dict[str, set[str]]:
     """Names of the endpoint's metrics as Prometheus knows them, and their labels."""
     metrics = Metrics(lambda: [], "replica")
-    metrics.answered("/v1/completions", 200, 0.1)
-    metrics._first.labels("1").observe(0.1)
+    metrics.record_request("/v1/completions", 200, 0.1)
+    metrics._first_token_seconds.labels("1").observe(0.1)
     metrics._tokens.labels("1", "generated").inc()
     found: dict[str, set[str]] = {}
     for family in metrics.registry.collect():

@@ -1,4 +1,4 @@
-"""The web page at `/`. It is one file, sent with a policy under which a browser runs and fetches nothing else."""
+"""The playground, the web page at `/`: one response, whose policy lets a browser run and fetch nothing else."""
 
 import base64
 import hashlib
@@ -8,12 +8,14 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-PAGE = Path(__file__).with_name("index.html")
+FOLDER = Path(__file__).parent
+STYLE_LINK = '<link rel="stylesheet" href="playground.css">'
+SCRIPT_LINK = '<script type="module" src="playground.js"></script>'
 
 
 def add_to(app: FastAPI) -> None:
-    """Answer `GET /` with the page, as the file is now."""
-    html = PAGE.read_text(encoding="utf-8")
+    """Add the route `GET /`, which returns the page as its files are now."""
+    html = page_html()
     headers = {
         "Content-Security-Policy": policy(html),
         "X-Content-Type-Options": "nosniff",
@@ -26,8 +28,18 @@ def add_to(app: FastAPI) -> None:
         return HTMLResponse(html, headers=headers)
 
 
+def page_html() -> str:
+    """Return index.html with its style sheet and script included in it."""
+    html, style, script = (
+        (FOLDER / name).read_text(encoding="utf-8") for name in ("index.html", "playground.css", "playground.js")
+    )
+    assert html.count(STYLE_LINK) == html.count(SCRIPT_LINK) == 1
+    html = html.replace(STYLE_LINK, f"<style>\n{style}</style>")
+    return html.replace(SCRIPT_LINK, f'<script type="module">\n{script}</script>')
+
+
 def policy(html: str) -> str:
-    """The Content-Security-Policy that allows the page its own style and script, by their hashes, and its own server.
+    """Return the Content-Security-Policy that allows the page's own style and script, by their hashes, and its server.
 
     Reference: https://www.w3.org/TR/CSP3/.
     """

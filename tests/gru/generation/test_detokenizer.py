@@ -25,7 +25,7 @@ def test_bytes_join_to_characters(text: str) -> None:
     assert all("\ufffd" not in piece for piece in out)
 
 
-def test_what_is_no_character_is_replaced() -> None:
+def test_invalid_bytes_are_replaced() -> None:
     assert "".join(pieces(b"a\xffb\xe7\x99")[0]) == "a\ufffdb\ufffd"
 
 
@@ -33,7 +33,7 @@ def test_stop_string_across_tokens_is_not_shown() -> None:
     assert pieces(b"one\n\ntwo", ("\n\n",)) == (["o", "n", "e", "", "", ""], True)
 
 
-def test_what_only_looks_like_a_stop_string_is_shown() -> None:
+def test_a_prefix_of_a_stop_string_is_released_if_it_goes_no_further() -> None:
     out, stopped = pieces(b"aab ab aa", ("aac",))
     assert ("".join(out), stopped) == ("aab ab aa", False)
 

@@ -30,7 +30,7 @@ def draws(params: Sequence[SamplingParams], positions: Iterable[int]) -> list[Dr
     return [Draw(each, position) for each, position in zip(params, positions, strict=True)]
 
 
-def kept(scores: np.ndarray, **limits: float) -> set[int]:
+def kept_tokens(scores: np.ndarray, **limits: float) -> set[int]:
     scores = scores.astype(np.float64)
     exclude_unlikely(scores, SamplingParams(0, **limits))
     return set(np.flatnonzero(np.isfinite(scores)).tolist())
@@ -45,7 +45,7 @@ def test_zero_temperature_takes_the_likeliest() -> None:
 @pytest.mark.parametrize("top_k", [1, 5, V, V + 1])
 def test_top_k_keeps_the_k_likeliest(top_k: int) -> None:
     row = logits(1)[0]
-    assert kept(row, top_k=top_k) == set(np.argsort(-row)[:top_k].tolist())
+    assert kept_tokens(row, top_k=top_k) == set(np.argsort(-row)[:top_k].tolist())
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.9, 0.999999])
@@ -60,12 +60,12 @@ def test_top_p_keeps_the_fewest_that_reach_p(top_p: float, top_k: int) -> None:
         mass += probability
         if mass >= top_p:
             break
-    assert kept(row, top_k=top_k, top_p=top_p) == expected
+    assert kept_tokens(row, top_k=top_k, top_p=top_p) == expected
 
 
-def test_equal_logits_stay_together() -> None:
+def test_tokens_with_equal_logits_are_kept_together() -> None:
     row = np.array([0.0, 1.0, 1.0, 1.0])
-    assert kept(row, top_k=1) == kept(row, top_p=0.1) == {1, 2, 3}
+    assert kept_tokens(row, top_k=1) == kept_tokens(row, top_p=0.1) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
@@ -105,10 +105,10 @@ def test_noise_does_not_repeat_between_positions_seeds_and_choices() -> None:
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 37, 5000])
 @pytest.mark.parametrize("scale", [0.0, 2.0, 50.0])
-def test_the_compiled_draw_is_the_plain_one(vocab_size: int, scale: float) -> None:
+def test_the_compiled_draw_equals_the_numpy_one(vocab_size: int, scale: float) -> None:
     chance = np.random.default_rng(0)
     wider = (chance.normal(size=(300, vocab_size + 3)) * scale).astype(np.float32)
-    rows = wider[:, :vocab_size]  # not contiguous, as the decoder gives them
+    rows = wider[:, :vocab_size]  # not contiguous, like the logits of the native model
     rows[:, ::5] = -np.inf
     rows[:, vocab_size // 2] = 0
     seeds, positions = (chance.integers(0, 1 << 63, 300).astype(np.uint64) for _ in range(2))
@@ -125,21 +125,21 @@ def test_any_integer_is_a_seed() -> None:
         assert 0 <= sample(row, [Draw(SamplingParams(seed), 0)])[0] < V
 
 
-def test_min_p_keeps_what_is_probable_enough() -> None:
+def test_min_p_keeps_tokens_that_are_probable_enough() -> None:
     row = logits(1)[0].astype(np.float64)
     share = np.exp(row - row.max())
     for min_p in (1e-6, 0.1, 0.5, 1.0):
-        assert kept(row, min_p=min_p) == set(np.flatnonzero(share >= min_p * (1 - 1e-12)).tolist())
-    assert kept(row, min_p=0.3, top_k=2) == kept(row, min_p=0.3) & kept(row, top_k=2)
+        assert kept_tokens(row, min_p=min_p) == set(np.flatnonzero(share >= min_p * (1 - 1e-12)).tolist())
+    assert kept_tokens(row, min_p=0.3, top_k=2) == kept_tokens(row, min_p=0.3) & kept_tokens(row, top_k=2)
 
 
-def greedy(row: np.ndarray, made: Sequence[int], prompt: Sequence[int] = (), **penalties: float) -> int:
+def greedy(row: np.ndarray, generated: Sequence[int], prompt: Sequence[int] = (), **penalties: float) -> int:
     history = History(prompt, V)
-    for token in made:
+    for token in generated:
         history.add(token)
     before = row.copy()
     [token] = sample(row[None], [Draw(SamplingParams(0, temperature=0, **penalties), 0, history)]).tolist()
-    assert np.array_equal(row, before), "the model's logits are not ours to change"
+    assert np.array_equal(row, before), "sample must not change the logits of the model"
     return token
 
 
@@ -150,8 +150,8 @@ def test_penalties_change_the_logits_as_their_definitions_say() -> None:
     assert greedy(row, [3, 3], frequency_penalty=0.3) == 7
     assert greedy(row, [3, 3], presence_penalty=0.4) == 3
     assert greedy(row, [3, 3], presence_penalty=0.6) == 7
-    assert greedy(row, [], [3], presence_penalty=2, frequency_penalty=2) == 3  # the prompt does not count
-    assert greedy(row, [], [3], repetition_penalty=1.5) == 7  # but here: 2 / 1.5 < 1.5
+    assert greedy(row, [], [3], presence_penalty=2, frequency_penalty=2) == 3  # these penalties ignore the prompt
+    assert greedy(row, [], [3], repetition_penalty=1.5) == 7  # this one does not: 2 / 1.5 < 1.5
     assert greedy(-row - 5, [3], repetition_penalty=2.0, presence_penalty=-2) != 3
     negative = np.full(V, -9, np.float32)
     negative[[3, 7]] = -1.0, -1.5
@@ -169,7 +169,7 @@ def test_logit_bias_decides() -> None:
     assert int(row[0].argmax()) not in tokens
 
 
-def test_a_row_with_penalties_leaves_the_others_alone() -> None:
+def test_penalties_of_one_row_do_not_change_the_others() -> None:
     rows = logits(3)
     plain = [Draw(SamplingParams(i), i) for i in range(3)]
     history = History([int(rows[1].argmax())], V)
@@ -180,8 +180,8 @@ def test_a_row_with_penalties_leaves_the_others_alone() -> None:
 def test_logprobs_are_the_models_own() -> None:
     row = logits(1)[0]
     exact = row.astype(np.float64) - math.log(np.exp(row.astype(np.float64)).sum())
-    told = logprobs(row, 5, 3)
-    assert told.token == pytest.approx(exact[5])
-    assert [token for token, _ in told.top] == np.argsort(-exact)[:3].tolist()
-    assert [value for _, value in told.top] == pytest.approx(sorted(exact, reverse=True)[:3])
+    reported = logprobs(row, 5, 3)
+    assert reported.token == pytest.approx(exact[5])
+    assert [token for token, _ in reported.top] == np.argsort(-exact)[:3].tolist()
+    assert [value for _, value in reported.top] == pytest.approx(sorted(exact, reverse=True)[:3])
     assert logprobs(row, 5, 0).top == () and len(logprobs(row, 5, 99).top) == V

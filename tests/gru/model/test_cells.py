@@ -1,7 +1,6 @@
 """Each cell against its published equations in float64; a model of each through training, checkpoint and serving."""
 
 import math
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from gru.config import Cell, ModelConfig, TrainConfig
 from gru.corpus.batches import LaneOrder, LaneReader
-from gru.generation.engine import Engine, Request
+from gru.generation.engine import Engine
+from gru.generation.generate import Collector
+from gru.generation.request import Request
 from gru.generation.sampling import SamplingParams
 from gru.model.cells import CELLS, LSTM, RNN, MinGRU, recur, scan
 from gru.model.language_model import GRULanguageModel
@@ -171,22 +172,10 @@ def test_a_model_of_it_serves_the_same_text_at_any_width(name: Cell) -> None:
     engine = Engine(model, END, slots=8, max_queue=100)
 
     def generate(chosen: list[int]) -> dict[int, list[int]]:
-        texts: dict[int, list[int]] = {index: [] for index in chosen}
-        ends = {index: threading.Event() for index in chosen}
-
-        def receiver(index: int) -> Callable[[int | None, object], None]:
-            def receive(token: int | None, end: object) -> None:
-                if token is not None:
-                    texts[index].append(token)
-                if end is not None:
-                    ends[index].set()
-
-            return receive
-
-        for index in chosen:
-            engine.submit(Request(prompts[index], SamplingParams(temperature=1.0, seed=index), 40, receiver(index)))
-        assert all(end.wait(60) for end in ends.values())
-        return texts
+        collectors = {index: Collector() for index in chosen}
+        for index, collector in collectors.items():
+            engine.submit(Request(prompts[index], SamplingParams(temperature=1.0, seed=index), 40, collector))
+        return {index: collector.wait(60) for index, collector in collectors.items()}
 
     try:
         together = generate(list(range(9)))

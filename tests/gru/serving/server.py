@@ -1,9 +1,10 @@
-"""A real server with a tiny model, in this process, for tests of what it answers."""
+"""A real HTTP server with a tiny model, in the test's own process."""
 
+import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from gru.serving.loaded_model import LoadedModel
 
 
 def tiny_bundle() -> Bundle:
-    """A model of bytes that has learned nothing, but prefers to write printable ones and seldom ends."""
+    """Return an untrained byte model that prefers printable bytes and seldom ends a document."""
     tokenizer = tokenizers.train_tokenizer(TokenizerConfig(kind="byte"), ["any text"])
     torch.manual_seed(0)
     model = GRULanguageModel(ModelConfig(embedding=16, hidden=16), tokenizer.vocab_size).eval()
@@ -32,8 +33,8 @@ def tiny_bundle() -> Bundle:
     return Bundle(model, tokenizer, {}, "f00d")
 
 
-class Slowed(torch.nn.Module):
-    """The model, with a pause in each call that a test may set."""
+class SlowModel(torch.nn.Module):
+    """The model with a pause in each call, and failures, that a test may set."""
 
     def __init__(self, model: GRULanguageModel) -> None:
         super().__init__()
@@ -56,32 +57,32 @@ class Slowed(torch.nn.Module):
 
 @dataclass
 class Server:
-    """A model and the engines made for it, which answer at the address."""
+    """A server at `url` with one model, and an engine for each version of it."""
 
     url: str
     config: ServeConfig
     bundle: Bundle
-    served: list[LoadedModel] = field(default_factory=list)
+    models: list[LoadedModel] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.model = Slowed(self.bundle.model)
+        self.model = SlowModel(self.bundle.model)
 
     def new_engine(self, version: str, alias: str = "champion") -> Engine:
-        """Made for a version that then stands for the alias."""
+        """Start an engine for a version, which then has the alias."""
         config, end_of_text = self.config, self.bundle.tokenizer.end_of_text
         engine = Engine(
             self.model, end_of_text, config.slots, config.max_queue, config.max_tokens_in_flight, config.cache_bytes
         )
         values = {"name": "poet", "version": version, "run_id": "r1", "bits_per_byte": 2.5, "created": 17}
         others = {name: "" for name in Version.__dataclass_fields__ if name not in values}
-        rest = [each for each in self.served if each.alias != alias]
-        fresh = LoadedModel(engine, self.bundle, Version(**values, **others), alias)
-        self.served[:] = [fresh, *rest] if alias == "champion" else [*rest, fresh]
+        rest = [each for each in self.models if each.alias != alias]
+        new = LoadedModel(engine, self.bundle, Version(**values, **others), alias)
+        self.models[:] = [new, *rest] if alias == "champion" else [*rest, new]
         return engine
 
     @property
     def engine(self) -> Engine:
-        return self.served[0].engine
+        return self.models[0].engine
 
     def post(self, path: str = "completions", **fields: Any) -> httpx.Response:
         return httpx.post(f"{self.url}/v1/{path}", json=fields, timeout=60)
@@ -89,7 +90,7 @@ class Server:
 
 @contextmanager
 def listening(app: Any) -> Iterator[str]:
-    """The address of an HTTP server for the app."""
+    """Run an HTTP server for the app; the context's value is its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
     http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     thread = threading.Thread(target=http.run, args=([listener],), daemon=True)
@@ -99,3 +100,26 @@ def listening(app: Any) -> Iterator[str]:
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     http.should_exit = True
     thread.join(10)
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Wait until the condition is true, at most 20 seconds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.005)
+
+
+def raw_request(server: Server, **fields: Any) -> bytes:
+    """Return the bytes of a streaming completion request."""
+    body = json.dumps({"model": "poet", "prompt": "x" * 50, "stream": True, **fields}).encode()
+    content_type = "Content-Type: application/json"
+    return (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{content_type}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+
+
+def connection(server: Server) -> socket.socket:
+    """Connect to the server."""
+    return socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))

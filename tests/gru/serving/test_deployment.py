@@ -1,4 +1,4 @@
-"""The endpoint on a real Ray Serve: what clients see while replicas, proxies and models come and go."""
+"""The endpoint on a real Ray Serve: what clients see while replicas, proxies and models are replaced."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from gru.generation.sampling import SamplingParams
 from gru.model.language_model import GRULanguageModel
 from gru.network import free_port
 from gru.registry import tracking, versions
-from gru.registry.bundle import Bundle, load_bundle
+from gru.registry.bundle import Bundle, load_bundle, write_bundle
 from gru.registry.versions import CHAMPION
 from gru.serving import deployment
 from tests.waiting import wait_for
@@ -50,16 +50,16 @@ class Endpoint:
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
-    def name(self, version: int) -> None:
+    def set_champion(self, version: int) -> None:
         mlflow.set_tracking_uri(self.tracking)
         mlflow.MlflowClient().set_registered_model_alias("poet", CHAMPION, str(version))
 
-    def write(self, **fields: Any) -> Any:
-        asked: dict[str, Any] = {"model": "poet", "prompt": "A fox", "seed": 1, "max_tokens": 30}
-        return self.client.completions.create(**{**asked, **fields})
+    def complete(self, **fields: Any) -> Any:
+        defaults: dict[str, Any] = {"model": "poet", "prompt": "A fox", "seed": 1, "max_tokens": 30}
+        return self.client.completions.create(**{**defaults, **fields})
 
     def expected(self, version: int, seed: int = 1, tokens: int = 30) -> str:
-        """What that version writes, by an engine in this process."""
+        """Return the text that this version generates, from an engine in this process."""
         bundle = self.bundles[version - 1]
         [ids] = generate_ids(bundle.model, bundle.tokenizer, "A fox", tokens, [SamplingParams(seed)])
         return bundle.tokenizer.decode(ids)
@@ -79,19 +79,19 @@ def endpoint(ray_local: None, empty_database: Path, tmp_path_factory: pytest.Tem
         run = tracking.open_run("test", "key", "promote")
         bundles = []
         for seed in range(3):
-            path = str(write_bundle(directory / str(seed), tokenizer, seed))
+            path = str(make_bundle(directory / str(seed), tokenizer, seed))
             versions.register(run, "poet", path, 2.0, "text")
             bundles.append(load_bundle(path))
-        made = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, bundles)
-        made.name(1)
-        deployment.deploy(made.config, ServeResources(), "poet", uri)
-        deployment.wait_ready(made.url, "1", 120)
-        yield made
+        endpoint = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, bundles)
+        endpoint.set_champion(1)
+        deployment.deploy(endpoint.config, ServeResources(), "poet", uri)
+        deployment.wait_ready(endpoint.url, "1", 120)
+        yield endpoint
         serve.shutdown()
         mlflow.set_tracking_uri(before)
 
 
-def write_bundle(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
+def make_bundle(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
     torch.manual_seed(seed)
     model = GRULanguageModel(MODEL, tokenizer.vocab_size)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def write_bundle(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
 
 @dataclass
 class Load:
-    """Clients that ask again and again; what they got by the version that wrote it, and what went wrong."""
+    """Clients that send requests all the time: the texts they get from each version, and the errors."""
 
     endpoint: Endpoint
     clients: int = 4
@@ -112,7 +112,7 @@ class Load:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> "Load":
-        self._threads = [threading.Thread(target=self._ask, daemon=True) for _ in range(self.clients)]
+        self._threads = [threading.Thread(target=self._send_requests, daemon=True) for _ in range(self.clients)]
         for thread in self._threads:
             thread.start()
         return self
@@ -121,12 +121,12 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join(60)
-            assert not thread.is_alive(), "a client hangs"
+            assert not thread.is_alive(), "a client does not end"
 
-    def _ask(self) -> None:
+    def _send_requests(self) -> None:
         while not self._stop.is_set():
             try:
-                chunks = list(self.endpoint.write(stream=True))
+                chunks = list(self.endpoint.complete(stream=True))
                 if not chunks or chunks[-1].choices[0].finish_reason is None:
                     raise ConnectionError("the stream broke off")
             except (openai.APIError, httpx.HTTPError, ConnectionError) as error:
@@ -140,45 +140,45 @@ class Load:
 
 
 def processes(name: str) -> list[psutil.Process]:
-    """Ray's processes of this session that run an actor of that name."""
-    found = []
+    """Return this session's Ray processes that run an actor of this name."""
+    matches = []
     for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has just ended
+        with suppress(psutil.Error):  # the process has just ended
             if name in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                matches.append(process)
+    return matches
 
 
 def answers(endpoint: Endpoint) -> bool:
     try:
-        return endpoint.write().choices[0].text == endpoint.expected(1)
+        return endpoint.complete().choices[0].text == endpoint.expected(1)
     except openai.APIError:
         return False
 
 
-def test_a_seed_gives_the_same_text_here_and_there(endpoint: Endpoint) -> None:
+def test_a_seed_gives_the_same_text_in_every_process(endpoint: Endpoint) -> None:
     for seed in range(4):
-        assert endpoint.write(seed=seed).choices[0].text == endpoint.expected(1, seed)
+        assert endpoint.complete(seed=seed).choices[0].text == endpoint.expected(1, seed)
 
 
 def test_an_alias_that_moves_20_times_under_load_fails_nobody(endpoint: Endpoint) -> None:
     with Load(endpoint) as load:
         for move in range(1, 21):
-            endpoint.name(1 + move % 3)
+            endpoint.set_champion(1 + move % 3)
             time.sleep(0.4)
-        endpoint.name(1)
+        endpoint.set_champion(1)
         wait_for("version 1", lambda: answers(endpoint))
     assert not load.failures
     assert load.texts == {str(version): {endpoint.expected(version)} for version in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("victim", ["ServeReplica:gru:Generator", "ProxyActor"])
-def test_what_is_killed_under_load_comes_back(endpoint: Endpoint, victim: str) -> None:
+def test_a_killed_process_is_replaced_under_load(endpoint: Endpoint, victim: str) -> None:
     with Load(endpoint) as load:
         wait_for("load", lambda: load.answers > 20)
         [killed] = processes(victim)
         os.kill(killed.pid, signal.SIGKILL)
-        wait_for("another one", lambda: any(process.pid != killed.pid for process in processes(victim)))
+        wait_for("a new process", lambda: any(process.pid != killed.pid for process in processes(victim)))
         wait_for("answers", lambda: answers(endpoint))
         before = load.answers
         wait_for("load", lambda: load.answers > before + 20)
@@ -187,7 +187,7 @@ def test_what_is_killed_under_load_comes_back(endpoint: Endpoint, victim: str) -
 
 def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -> None:
     tokens = 4000
-    stream = endpoint.write(stream=True, max_tokens=tokens)
+    stream = endpoint.complete(stream=True, max_tokens=tokens)
     text = next(stream).choices[0].text
     changed = endpoint.config.model_copy(update={"slots": 16})
     replacing = threading.Thread(target=deployment.deploy, args=(changed, ServeResources(), "poet", endpoint.tracking))
@@ -199,8 +199,8 @@ def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -
     wait_for("answers", lambda: answers(endpoint))
 
 
-def test_replicas_follow_the_tokens_in_flight_and_sessions_their_states(endpoint: Endpoint) -> None:
-    """Last, since it leaves another deployment."""
+def test_replicas_scale_with_tokens_in_flight_and_sessions_stick_to_their_replica(endpoint: Endpoint) -> None:
+    """This test is the last one, since it leaves another deployment behind."""
     changed = endpoint.config.model_copy(update={"max_replicas": 2, "tokens_per_replica": 2000})
     deployment.deploy(changed, ServeResources(), "poet", endpoint.tracking)
     wait_for("answers", lambda: answers(endpoint))
@@ -210,23 +210,23 @@ def test_replicas_follow_the_tokens_in_flight_and_sessions_their_states(endpoint
         return states.get("RUNNING", 0)
 
     assert replicas() == 1
-    streams = [endpoint.write(stream=True, max_tokens=4000, user=str(i)) for i in range(4)]
+    streams = [endpoint.complete(stream=True, max_tokens=4000, user=str(i)) for i in range(4)]
     readers = [threading.Thread(target=list, args=(stream,), daemon=True) for stream in streams]
     for reader in readers:
         reader.start()
 
     def busy() -> bool:
         if not any(reader.is_alive() for reader in readers):
-            endpoint.write(max_tokens=4000, n=4)
+            endpoint.complete(max_tokens=4000, n=4)
         return replicas() == 2
 
     wait_for("a second replica", busy, 120)
 
-    def kept(name: str) -> bool:
-        """Whether three turns of a session each go on from the one before."""
+    def is_sticky(name: str) -> bool:
+        """Return whether three requests of a session each resume from the one before."""
         headers, fields = {"x-session-id": name}, {"session_id": name}
-        turns = [endpoint.write(extra_headers=headers, extra_body=fields).to_dict()["session"] for _ in range(3)]
+        turns = [endpoint.complete(extra_headers=headers, extra_body=fields).to_dict()["session"] for _ in range(3)]
         return [turn["resumed_tokens"] for turn in turns] == [0, 35, 70]
 
-    # At random, eight of them would not be kept once in 65,000 times.
-    wait_for("the proxy to know both", lambda: all(kept(str(uuid.uuid4())) for _ in range(8)), 30)
+    # With random routing all eight sessions would pass once in 65,000 times.
+    wait_for("the proxy to know both", lambda: all(is_sticky(str(uuid.uuid4())) for _ in range(8)), 30)

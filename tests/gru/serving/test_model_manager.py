@@ -1,4 +1,4 @@
-"""Following the registry: a real MLflow, real bundles, and all that can be wrong with them."""
+"""The model manager with a real MLflow, real bundles, and everything that can be wrong with them."""
 
 import logging
 import pickle
@@ -17,7 +17,9 @@ from gru import storage
 from gru.config import CanaryConfig, ModelConfig, ServeConfig, TokenizerConfig
 from gru.corpus.tokenizer import Tokenizer, train_tokenizer
 from gru.digests import write_digests
-from gru.generation.engine import Closed, Request
+from gru.generation.engine import Closed
+from gru.generation.generate import Collector
+from gru.generation.request import Request
 from gru.generation.sampling import SamplingParams
 from gru.model.language_model import GRULanguageModel
 from gru.registry import tracking, versions
@@ -31,7 +33,7 @@ SERVE = ServeConfig(slots=4, max_queue=64, poll_seconds=0.05)
 
 
 class Registry:
-    """Versions of one model in an MLflow of the test's own."""
+    """The versions of one model in the test's own MLflow."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -55,7 +57,7 @@ class Registry:
         mlflow.MlflowClient().set_registered_model_alias("poet", alias, version.version)
 
     def files(self, version: Version) -> Path:
-        """Where MLflow keeps the bundle of a version."""
+        """Return the directory in which MLflow stores the version's bundle."""
         uri = mlflow.MlflowClient().get_model_version_download_uri("poet", version.version)
         if uri.startswith("models:"):
             uri = mlflow.get_logged_model(uri.removeprefix("models:/")).artifact_location
@@ -68,79 +70,61 @@ def models(mlflow_store: str, tmp_path: Path) -> Registry:
 
 
 @pytest.fixture
-def lineup(tmp_path: Path) -> Iterator[ModelManager]:
-    made = ModelManager(SERVE, "poet", tmp_path / "kept")
-    yield made
-    made.close()
+def manager(tmp_path: Path) -> Iterator[ModelManager]:
+    manager = ModelManager(SERVE, "poet", tmp_path / "cache")
+    yield manager
+    manager.close()
 
 
-def serving(lineup: ModelManager) -> list[tuple[str, str]]:
-    return [(served.alias, served.version.version) for served in lineup.models]
+def serving(manager: ModelManager) -> list[tuple[str, str]]:
+    return [(model.alias, model.version.version) for model in manager.models]
 
 
-def refused(lineup: ModelManager) -> float:
-    return lineup.metrics.registry.get_sample_value("gru_models_refused_total") or 0.0
+def refused(manager: ModelManager) -> float:
+    return manager.metrics.registry.get_sample_value("gru_models_refused_total") or 0.0
 
 
-def write(lineup: ModelManager, tokens: int = 20) -> list[int]:
-    """What the champion writes."""
-    done, text = threading.Event(), []
-
-    def on_token(token: int | None, end: object) -> None:
-        text.extend([] if token is None else [token])
-        if end is not None:
-            done.set()
-
-    lineup.models[0].engine.submit(Request([1], SamplingParams(0), tokens, on_token))
-    assert done.wait(20)
-    return text
+def generate(manager: ModelManager, tokens: int = 20) -> list[int]:
+    """Return the token ids that the champion generates."""
+    collector = Collector()
+    manager.models[0].engine.submit(Request([1], SamplingParams(0), tokens, collector))
+    return collector.wait(20)
 
 
-def test_it_follows_the_alias_forwards_and_back(models: Registry, lineup: ModelManager) -> None:
-    lineup.follow()
-    assert serving(lineup) == []
+def test_it_follows_the_alias_forwards_and_backwards(models: Registry, manager: ModelManager) -> None:
+    manager.update()
+    assert serving(manager) == []
     one, two, three = models.register(), models.register(), models.register()
     models.name(one)
-    lineup.follow()
-    assert serving(lineup) == [(CHAMPION, "1")]
-    first = lineup.models[0].engine
-    text = write(lineup)
+    manager.update()
+    assert serving(manager) == [(CHAMPION, "1")]
+    first = manager.models[0].engine
+    text = generate(manager)
     models.name(two)
-    lineup.follow()
-    assert serving(lineup) == [(CHAMPION, "2")] and lineup.models[0].engine is not first
+    manager.update()
+    assert serving(manager) == [(CHAMPION, "2")] and manager.models[0].engine is not first
     models.name(one)
-    lineup.follow()
-    assert lineup.models[0].engine is first and write(lineup) == text, "going back takes what was kept warm"
+    manager.update()
+    assert manager.models[0].engine is first and generate(manager) == text, "a rollback takes the engine that was kept"
     models.name(two)
-    lineup.follow()
+    manager.update()
     models.name(three)
-    lineup.follow()
+    manager.update()
     with pytest.raises(Closed):
-        first.submit(Request([1], SamplingParams(0), 1, lambda token, end: None))
+        first.submit(Request([1], SamplingParams(0), 1, Collector()))
 
 
-def test_the_old_engine_finishes_what_it_has_begun(models: Registry, lineup: ModelManager) -> None:
+def test_the_old_engine_finishes_its_requests(models: Registry, manager: ModelManager) -> None:
     versions = [models.register() for _ in range(4)]
     models.name(versions[0])
-    lineup.follow()
-    ends: list[Any] = []
-    tokens: list[int] = []
-
-    def on_token(token: int | None, end: object) -> None:
-        tokens.append(0)
-        if end is not None:
-            ends.append(end)
-
-    lineup.models[0].engine.submit(
-        Request([1], SamplingParams(0, logit_bias={models.tokenizer.end_of_text: -100.0}), 3000, on_token)
-    )
+    manager.update()
+    collector = Collector()
+    params = SamplingParams(0, logit_bias={models.tokenizer.end_of_text: -100.0})
+    manager.models[0].engine.submit(Request([1], params, 3000, collector))
     for version in versions[1:]:
         models.name(version)
-        lineup.follow()
-    deadline = time.monotonic() + 60
-    while not ends and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert ends == ["length"] and len(tokens) == 3000
+        manager.update()
+    assert len(collector.wait(60)) == 3000 and collector.finish == "length"
 
 
 def flip(file: Path) -> None:
@@ -151,10 +135,10 @@ def flip(file: Path) -> None:
 
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
-        raise AssertionError("somebody unpickled it")
+        raise AssertionError("the pickle was loaded")
 
 
-def spoil(models: Registry, version: Version, how: str) -> None:
+def damage(models: Registry, version: Version, how: str) -> None:
     files = models.files(version)
     if how == "a flipped bit":
         flip(files / "weights.safetensors")
@@ -185,190 +169,186 @@ def spoil(models: Registry, version: Version, how: str) -> None:
         "nothing there",
     ],
 )
-def test_a_version_that_is_wrong_is_refused_and_the_old_one_stays(
-    models: Registry, lineup: ModelManager, how: str
+def test_a_damaged_version_is_refused_and_the_current_model_kept(
+    models: Registry, manager: ModelManager, how: str
 ) -> None:
     good, bad = models.register(), models.register()
     models.name(good)
-    lineup.follow()
-    text = write(lineup)
-    spoil(models, bad, how)
+    manager.update()
+    text = generate(manager)
+    damage(models, bad, how)
     models.name(bad)
-    lineup.follow()
-    lineup.follow()
-    assert serving(lineup) == [(CHAMPION, "1")] and write(lineup) == text
-    assert refused(lineup) == 1, "it is not downloaded again at every look"
+    manager.update()
+    manager.update()
+    assert serving(manager) == [(CHAMPION, "1")] and generate(manager) == text
+    assert refused(manager) == 1, "it must not be downloaded again at each poll"
     better = models.register()
     models.name(better)
-    lineup.follow()
-    assert serving(lineup) == [(CHAMPION, "3")]
+    manager.update()
+    assert serving(manager) == [(CHAMPION, "3")]
 
 
-def test_a_model_that_says_no_numbers_is_refused(models: Registry, lineup: ModelManager) -> None:
+def test_a_model_with_nan_logprobs_is_refused(models: Registry, manager: ModelManager) -> None:
     good = models.register()
     bias = torch.full((models.tokenizer.vocab_size,), float("nan"))
     models.name(good)
-    lineup.follow()
+    manager.update()
     models.name(models.register(models.bundle(output_bias=bias)))
-    lineup.follow()
-    assert serving(lineup) == [(CHAMPION, "1")] and refused(lineup) == 1
+    manager.update()
+    assert serving(manager) == [(CHAMPION, "1")] and refused(manager) == 1
 
 
 def test_a_canary_comes_goes_and_becomes_the_champion(models: Registry, tmp_path: Path) -> None:
     config = SERVE.model_copy(update={"canary": CanaryConfig(share=0.1)})
-    lineup = ModelManager(config, "poet", tmp_path / "kept")
+    manager = ModelManager(config, "poet", tmp_path / "cache")
     one, two = models.register(), models.register()
     models.name(one)
-    lineup.follow()
+    manager.update()
     models.name(two, CHALLENGER)
-    lineup.follow()
-    assert serving(lineup) == [(CHAMPION, "1"), (CHALLENGER, "2")]
-    engine = lineup.models[1].engine
+    manager.update()
+    assert serving(manager) == [(CHAMPION, "1"), (CHALLENGER, "2")]
+    engine = manager.models[1].engine
     models.name(two)
-    lineup.follow()
-    assert serving(lineup) == [(CHAMPION, "2")] and lineup.models[0].engine is engine
-    lineup.close()
+    manager.update()
+    assert serving(manager) == [(CHAMPION, "2")] and manager.models[0].engine is engine
+    manager.close()
 
 
-def test_a_version_of_the_same_number_is_another_if_its_bundle_is(models: Registry, lineup: ModelManager) -> None:
+def test_a_version_with_the_same_number_and_another_bundle_is_loaded(models: Registry, manager: ModelManager) -> None:
     models.name(models.register())
-    lineup.follow()
-    text = write(lineup)
+    manager.update()
+    text = generate(manager)
     mlflow.MlflowClient().delete_registered_model("poet")
     again = models.register()
     models.name(again)
-    lineup.follow()
-    assert again.version == "1" and lineup.models[0].bundle.digest == again.bundle and write(lineup) != text
+    manager.update()
+    assert again.version == "1" and manager.models[0].bundle.digest == again.bundle and generate(manager) != text
 
 
-def test_a_champion_that_comes_back_remembers_no_sessions(models: Registry, lineup: ModelManager) -> None:
-    def turn() -> bool:
-        done = threading.Event()
-        request = Request([1], SamplingParams(0), 3, lambda token, end: done.set() if end else None, session="s")
-        lineup.models[0].engine.submit(request)
-        assert done.wait(20)
-        return request.resumed > 0
+def test_a_champion_that_returns_has_no_sessions(models: Registry, manager: ModelManager) -> None:
+    def resumes() -> bool:
+        collector = Collector()
+        stream = manager.models[0].engine.submit(Request([1], SamplingParams(0), 3, collector, session="s"))
+        collector.wait(20)
+        return stream.resumed > 0
 
     one, two = models.register(), models.register()
     models.name(one)
-    lineup.follow()
-    assert [turn(), turn()] == [False, True]
+    manager.update()
+    assert [resumes(), resumes()] == [False, True]
     for version in (two, one):
         models.name(version)
-        lineup.follow()
-        assert [turn(), turn()] == [False, True]  # it has missed what was said meanwhile
+        manager.update()
+        assert [resumes(), resumes()] == [False, True]  # the session may have continued elsewhere
 
 
-def test_a_dead_champion_is_no_spare(models: Registry, lineup: ModelManager) -> None:
+def test_a_dead_champion_is_not_kept_as_the_spare(models: Registry, manager: ModelManager) -> None:
     one, two = models.register(), models.register()
     models.name(one)
-    lineup.follow()
-    first = lineup.models[0].engine
+    manager.update()
+    first = manager.models[0].engine
     models.name(two)
-    lineup.follow()
-    dead = lineup.models[0].engine
+    manager.update()
+    dead = manager.models[0].engine
     dead.close(drain=False)
     assert dead.join(10)
-    lineup.follow()
+    manager.update()
     models.name(one)
-    lineup.follow()
-    assert lineup.models[0].engine is first
+    manager.update()
+    assert manager.models[0].engine is first
 
 
 def test_a_replica_without_a_model_does_not_start(models: Registry, tmp_path: Path) -> None:
     bad = models.register()
-    spoil(models, bad, "a flipped bit")
+    damage(models, bad, "a flipped bit")
     models.name(bad)
     with pytest.raises(UnfitModel):
-        ModelManager(SERVE, "poet", tmp_path / "kept").start()
+        ModelManager(SERVE, "poet", tmp_path / "cache").start()
 
 
-def test_a_dead_engine_is_replaced(models: Registry, lineup: ModelManager) -> None:
+def test_a_dead_engine_is_replaced(models: Registry, manager: ModelManager) -> None:
     models.name(models.register())
-    lineup.follow()
-    text = write(lineup)
-    dead = lineup.models[0].engine
+    manager.update()
+    text = generate(manager)
+    dead = manager.models[0].engine
     dead.close(drain=False)
-    assert dead.join(10) and not lineup.models[0].healthy
-    lineup.follow()
-    assert lineup.models[0].healthy and write(lineup) == text
+    assert dead.join(10) and not manager.models[0].healthy
+    manager.update()
+    assert manager.models[0].healthy and generate(manager) == text
 
 
-def test_it_starts_from_disk_while_the_registry_is_away(
-    models: Registry, lineup: ModelManager, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_it_starts_from_disk_while_the_registry_is_unreachable(
+    models: Registry, manager: ModelManager, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one, two = models.register(), models.register()
     for version in (one, two):
         models.name(version)
-        lineup.follow()
-    text = write(lineup)
-    kept = tmp_path / "kept" / "poet"
-    for version in (models.register(), one, two):  # back to one, and forth
+        manager.update()
+    text = generate(manager)
+    cache = tmp_path / "cache" / "poet"
+    for version in (models.register(), one, two):  # back to version 1, and on to version 2
         models.name(version)
-        lineup.follow()
-        assert storage.read_json(str(kept / LAST_GOOD))["version"]["version"] == version.version
-    assert write(lineup) == text
-    assert len([path for path in kept.iterdir() if path.is_dir()]) == 2, "the champion and the one before"
+        manager.update()
+        assert storage.read_json(str(cache / LAST_GOOD))["version"]["version"] == version.version
+    assert generate(manager) == text
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 2, "the champion and the previous one"
     there = mlflow.get_tracking_uri()
-    tracking.connect_impatiently("http://127.0.0.1:9")  # nobody answers there
-    with pytest.raises(Exception):  # noqa: B017  # of whatever library
-        lineup.follow()
-    assert lineup.metrics.registry.get_sample_value("gru_registry_unreachable_total") == 1
-    assert serving(lineup) == [(CHAMPION, "2")]
+    tracking.connect_impatiently("http://127.0.0.1:9")  # nothing listens there
+    with pytest.raises(Exception):  # noqa: B017  # any library's error
+        manager.update()
+    assert manager.metrics.registry.get_sample_value("gru_registry_unreachable_total") == 1
+    assert serving(manager) == [(CHAMPION, "2")]
     caplog.set_level(logging.WARNING)
-    again = ModelManager(SERVE, "poet", tmp_path / "kept")
+    again = ModelManager(SERVE, "poet", tmp_path / "cache")
     again.start()
-    assert serving(again) == [(CHAMPION, "2")] and write(again) == text and "from disk" in caplog.text
-    flip(kept / storage.read_json(str(kept / LAST_GOOD))["bundle"] / "weights.safetensors")
+    assert serving(again) == [(CHAMPION, "2")] and generate(again) == text and "from disk" in caplog.text
+    flip(cache / storage.read_json(str(cache / LAST_GOOD))["bundle"] / "weights.safetensors")
     with pytest.raises(Exception):  # noqa: B017
-        ModelManager(SERVE, "poet", tmp_path / "kept").start()
+        ModelManager(SERVE, "poet", tmp_path / "cache").start()
     with pytest.raises(Exception):  # noqa: B017
         ModelManager(SERVE, "poet", tmp_path / "empty").start()
     mlflow.set_tracking_uri(there)
     models.name(one)
     deadline = time.monotonic() + 20
-    while serving(again) != [(CHAMPION, "1")]:  # it has gone on asking
+    while serving(again) != [(CHAMPION, "1")]:  # it has continued to poll
         assert time.monotonic() < deadline
         time.sleep(0.05)
     again.close()
 
 
 def test_an_alias_that_moves_under_load_fails_nobody(models: Registry, tmp_path: Path) -> None:
-    lineup = ModelManager(SERVE, "poet", tmp_path / "kept")
+    manager = ModelManager(SERVE, "poet", tmp_path / "cache")
     versions = [models.register() for _ in range(3)]
     models.name(versions[0])
-    lineup.start()
+    manager.start()
     expected: dict[str, list[int]] = {}
     for version in versions:
         models.name(version)
-        while serving(lineup) != [(CHAMPION, version.version)]:
+        while serving(manager) != [(CHAMPION, version.version)]:
             time.sleep(0.02)
-        expected[version.version] = write(lineup)
+        expected[version.version] = generate(manager)
     stop = threading.Event()
     seen: list[str] = []
     wrong: list[object] = []
 
-    def ask() -> None:
+    def request_texts() -> None:
         while not stop.is_set():
-            served = lineup.models[0]
-            done, text = threading.Event(), []
-
-            def on_token(token: int | None, end: Any, text: Any = text, done: Any = done) -> None:
-                text.extend([] if token is None else [token])
-                if end is not None:
-                    wrong.extend([end] if isinstance(end, Exception) else [])
-                    done.set()
-
+            model = manager.models[0]
+            collector = Collector()
             try:
-                served.engine.submit(Request([1], SamplingParams(0), 20, on_token))
-            except Closed:  # as the HTTP interface does, it takes the new one
+                model.engine.submit(Request([1], SamplingParams(0), 20, collector))
+            except Closed:  # like the HTTP interface, try the new model
                 continue
-            done.wait(20)
-            seen.append(served.version.version)
-            if text != expected[served.version.version]:
+            try:
+                text = collector.wait(20)
+            except Exception as error:
+                wrong.append(error)
+                continue
+            seen.append(model.version.version)
+            if text != expected[model.version.version]:
                 wrong.append(text)
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=request_texts) for _ in range(4)]
     for thread in threads:
         thread.start()
     for move in range(20):
@@ -378,4 +358,4 @@ def test_an_alias_that_moves_under_load_fails_nobody(models: Registry, tmp_path:
     for thread in threads:
         thread.join()
     assert not wrong and set(seen) == {"1", "2", "3"}
-    lineup.close()
+    manager.close()

@@ -1,0 +1,101 @@
+"""Keys, request ids, the access log, metrics and origins."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from gru.errors import UserError
+from gru.serving import auth
+from gru.serving.api import create_app
+from gru.serving.auth import new_key
+from tests.gru.serving.conftest import CONFIG
+from tests.gru.serving.server import Server, listening, wait_until
+
+
+def test_keys_are_required_and_never_logged(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "REFRESH_SECONDS", 0.0)
+    (alice, alice_line), (bob, bob_line) = new_key("alice"), new_key("bob")
+    file = tmp_path / "keys"
+    file.write_text(f"# clients\n{alice_line}\n")
+    caplog.set_level(logging.INFO, logger="gru.access")
+    config = CONFIG.model_copy(update={"keys": str(file)})
+    with listening(create_app(lambda: server.models, config)) as url:
+
+        def complete(key: str, **fields: Any) -> Any:
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+            return client.completions.create(model="poet", prompt="a secret prompt", seed=1, **fields)
+
+        assert complete(alice).choices
+        for wrong in (bob, alice[:-1], alice + "x", "none"):
+            with pytest.raises(openai.AuthenticationError):
+                complete(wrong)
+        refused = httpx.post(f"{url}/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert refused.json()["error"]["type"] == "authentication_error"
+        assert httpx.get(f"{url}/metrics").status_code == httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/ready").status_code == 200
+        complete(alice, extra_body={"session_id": "s"})
+        file.write_text(f"{alice_line}\n{bob_line}\n")
+        os.utime(file, (1, 1))  # a different time, whatever the clock's resolution
+        session = {"session_id": "s"}  # alice's is not bob's
+        assert not complete(bob, extra_body=session).to_dict()["session"]["resumed_tokens"]
+        assert complete(alice, extra_body=session).to_dict()["session"]["resumed_tokens"]
+        file.write_text(f"{bob_line}\n")
+        os.utime(file, (2, 2))
+        with pytest.raises(openai.AuthenticationError):
+            complete(alice)
+        file.write_text("nonsense\n")
+        os.utime(file, (3, 3))
+        assert complete(bob).choices  # a broken file withdraws no key
+    logged = "\n".join(record.getMessage() for record in caplog.records)
+    assert '"owner": "alice"' in logged and '"status": 401' in logged and '"prompt_tokens": 15' in logged
+    for secret in (alice, bob, "secret prompt"):
+        assert secret not in logged and secret not in file.read_text()
+    with pytest.raises(UserError, match="line 1"):
+        create_app(lambda: server.models, config)
+
+
+def test_a_request_has_an_id(server: Server) -> None:
+    url = f"{server.url}/v1/completions"
+    named = httpx.post(url, json={"prompt": "x"}, headers={"x-request-id": "mine-7"})
+    assert named.headers["x-request-id"] == "mine-7"
+    ids = {httpx.post(url, json={"prompt": "x"}, headers={"x-request-id": "no spaces"}).headers["x-request-id"]}
+    ids |= {httpx.get(f"{server.url}/nowhere").headers["x-request-id"]}
+    assert len(ids) == 2 and "no spaces" not in ids
+
+
+def test_metrics_count_requests_and_tokens(server: Server, client: openai.OpenAI) -> None:
+    def value(line: str) -> float:
+        page = httpx.get(f"{server.url}/metrics").text
+        return next((float(each.rsplit(" ", 1)[1]) for each in page.splitlines() if each.startswith(line)), 0.0)
+
+    generated, answered = (
+        'gru_tokens_total{kind="generated",replica="",version="3"}',
+        'gru_http_requests_total{path="/v1/completions",replica="",status="200"}',
+    )
+    before = value(generated), value(answered)
+    client.completions.create(model="poet", prompt="x", max_tokens=30)
+    list(client.completions.create(model="poet", prompt="x", max_tokens=12, stream=True))
+    wait_until(lambda: value(generated) == before[0] + 42)
+    assert value(answered) == before[1] + 2
+    assert value('gru_model_info{alias="champion"') == 1
+    assert value('gru_requests_running{replica="",version="3"}') == 0
+    httpx.get(f"{server.url}/{'x' * 50}")
+    assert value('gru_http_requests_total{path="other",replica="",status="404"}') >= 1
+    assert value('gru_time_to_first_token_seconds_count{replica="",version="3"}') >= 2
+
+
+def test_no_other_site_may_send_requests(server: Server) -> None:
+    origin = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    for answer in (
+        httpx.options(f"{server.url}/v1/completions", headers=origin),
+        httpx.post(f"{server.url}/v1/completions", headers=origin, json={"prompt": "x"}),
+    ):
+        assert not [name for name in answer.headers if name.startswith("access-control")]
