@@ -27,9 +27,10 @@ from gru.generation.sampling import SamplingParams
 from gru.model.language_model import GRULanguageModel
 from gru.network import free_port
 from gru.registry import tracking, versions
-from gru.registry.bundle import Bundle, load_bundle
+from gru.registry.bundle import Bundle, load_bundle, write_bundle
 from gru.registry.versions import CHAMPION
 from gru.serving import deployment
+from tests.gru.registry.bundles import LINEAGE
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.faults
@@ -79,7 +80,7 @@ def endpoint(ray_local: None, empty_database: Path, tmp_path_factory: pytest.Tem
         run = tracking.open_run("test", "key", "promote")
         bundles = []
         for seed in range(3):
-            path = str(write_bundle(directory / str(seed), tokenizer, seed))
+            path = str(write(directory / str(seed), tokenizer, seed))
             versions.register(run, "poet", path, 2.0, "text")
             bundles.append(load_bundle(path))
         made = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, bundles)
@@ -91,12 +92,12 @@ def endpoint(ray_local: None, empty_database: Path, tmp_path_factory: pytest.Tem
         mlflow.set_tracking_uri(before)
 
 
-def write_bundle(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
+def write(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
     torch.manual_seed(seed)
     model = GRULanguageModel(MODEL, tokenizer.vocab_size)
     with torch.no_grad():
         model.output_bias[tokenizer.end_of_text] = -100
-    write_bundle(str(path), MODEL, model.state_dict(), tokenizer, {})
+    write_bundle(str(path), MODEL, model.state_dict(), tokenizer, LINEAGE)
     return path
 
 

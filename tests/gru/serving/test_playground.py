@@ -29,6 +29,7 @@ from gru.serving.api import create_app
 from gru.serving.auth import digest
 from gru.serving.loaded_model import LoadedModel
 from gru.serving.playground import PAGE
+from tests.gru.registry.bundles import LINEAGE
 from tests.gru.serving.server import listening, tiny_bundle
 
 TOKENIZER = tiny_bundle().tokenizer
@@ -122,7 +123,7 @@ class Site:
         self.engines.append(engine)
         values = {"name": "poet", "version": version, "run_id": "r1", "bits_per_byte": 2.5, "created": 17}
         others = {name: "" for name in Version.__dataclass_fields__ if name not in values}
-        bundle = Bundle(model, TOKENIZER, {}, f"digest {version}")  # type: ignore[arg-type]
+        bundle = Bundle(model, TOKENIZER, LINEAGE, f"digest {version}")  # type: ignore[arg-type]
         self._served[:] = [LoadedModel(engine, bundle, Version(**values, **others))]  # type: ignore[arg-type]
         return engine
 
