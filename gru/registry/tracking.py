@@ -117,11 +117,12 @@ class Run:
         axes.legend()
         self.client.log_figure(self.id, figure, "loss.png")
 
-    def log_context_losses(self, losses: list[dict[str, Any]], scale: Mapping[str, float]) -> None:
+    def log_context_losses(self, losses: list[dict[str, Any]], baselines: Mapping[str, float]) -> None:
         """Log the loss by context length as the artifacts context.json and context.png, a plot.
 
         losses: one for each range of context lengths, with its mean loss `nats`, its standard error `error`, and
-        `last`, the longest context of the range, in tokens. scale: losses to compare with, in nats per token, by name.
+        `last`, the longest context of the range, in tokens. baselines: losses in nats per token to compare with, by
+        name.
         """
         from matplotlib.figure import Figure
 
@@ -129,14 +130,14 @@ class Run:
         axes = figure.subplots()
         lengths, nats = [loss["last"] for loss in losses], [loss["nats"] for loss in losses]
         axes.errorbar(lengths, nats, [loss["error"] or 0 for loss in losses], marker="o", capsize=3, label="model")
-        for number, (name, value) in enumerate(scale.items(), 1):
+        for number, (name, value) in enumerate(baselines.items(), 1):
             axes.axhline(value, color=f"C{number}", linestyle="--", label=name)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="context length in tokens (up to)", ylabel="nats per token")
         axes.grid(alpha=0.3)
         axes.legend()
         self.client.log_figure(self.id, figure, "context.png")
-        self.client.log_dict(self.id, {"losses": losses, **scale}, "context.json")
+        self.client.log_dict(self.id, {"losses": losses, **baselines}, "context.json")
 
     def watch_system(self) -> Callable[[], None]:
         """Log metrics of this machine until the returned function is called, which logs them once more, so that a short
