@@ -20,7 +20,7 @@ class BundleModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         self.bundle = load_bundle(context.artifacts["bundle"])
 
-    def predict(  # type: ignore[override]  # MLflow reads the types here, and allows to omit the context
+    def predict(  # type: ignore[override]  # MLflow reads the types here; the context may be omitted
         self, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
         settings = {"max_tokens": 64, "temperature": 0.8} | (params or {})

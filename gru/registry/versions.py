@@ -50,9 +50,9 @@ def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldou
 
     client = run.client
     digest = load_bundle(bundle_path).digest
-    for found in client.search_model_versions(f"name = '{name}'"):
-        if found.tags.get("bundle") == digest and found.tags.get("heldout") == heldout:
-            return _version(found)
+    for entity in client.search_model_versions(f"name = '{name}'"):
+        if entity.tags.get("bundle") == digest and entity.tags.get("heldout") == heldout:
+            return _version(entity)
     with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
         local = Path(temporary) / "bundle"
         local.mkdir()
@@ -126,8 +126,8 @@ def exists(name: str, version: str, bundle: str) -> bool:
     """Return whether the registry has this version, with the bundle of this digest."""
     from mlflow import MlflowClient
 
-    found = MlflowClient().search_model_versions(f"name = '{name}'")
-    return any(str(v.version) == version and v.tags.get("bundle") == bundle for v in found)
+    entities = MlflowClient().search_model_versions(f"name = '{name}'")
+    return any(str(entity.version) == version and entity.tags.get("bundle") == bundle for entity in entities)
 
 
 def resolve(name: str, alias: str) -> Version | None:
@@ -155,10 +155,10 @@ def find(spec: str) -> Version:
         except MlflowException as error:
             raise UserError(f"{spec}: {error.message}") from None
     name, _, alias = spec.partition("@")
-    found = resolve(name, alias or CHAMPION)
-    if found is None:
+    resolved = resolve(name, alias or CHAMPION)
+    if resolved is None:
         raise UserError(f"{spec}: no version of a model {name!r} is @{alias or CHAMPION}")
-    return found
+    return resolved
 
 
 def fetch_bundle(version: Version, directory: Path) -> Bundle:
