@@ -1,4 +1,4 @@
-"""Score the trained model on held-out text, and let it write some."""
+"""Score the trained model on held-out text, and generate samples."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gru.evaluation.samples import CopyShares
     from gru.evaluation.scores import Scores
 
-NOTHING = 0.0005  # nats a token
+NEGLIGIBLE = 0.0005  # nats per token
 
 
 def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
@@ -40,38 +40,39 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
         heldout = read_heldout(bundle.tokenizer, dataset.texts("heldout"), settings.heldout_bytes)
         losses = token_losses(bundle.model, heldout, settings.batch_size)
         scores = heldout.scores(float(losses.sum(dtype="float64")), settings.batch_size)
-        context.progress(f"{scores.bits_per_byte:.3f} bits per byte; counting n-grams")
+        context.progress(f"{scores.bits_per_byte:.3f} bits per byte; scoring the n-gram model")
         ngram = score_ngrams(dataset, heldout)
-        context.progress("starting anew all over the text")
-        reaches = context_losses(bundle.model, heldout, losses)
-        context.progress("writing samples, and looking for copies in the training text")
-        writing = sample_and_search(bundle.model, bundle.tokenizer, settings, dataset, heldout)
-        measured = scores.measures() | {f"ngram_{name}": value for name, value in ngram.measures().items()}
-        shares = {f"temperature-{t:g}": part for t, part in writing.copied.items()} | {"heldout": writing.heldout}
-        copied = {f"{name}/{measure}": v for name, part in shares.items() for measure, v in part.measures().items()}
-        samples = [settings.prompt + bundle.tokenizer.decode(writing.samples[t][0]) for t in settings.temperatures]
-        sizes = {"heldout_tokens": scores.tokens, "searched_bytes": writing.searched_bytes}
-        run.log_metrics(measured | copied | sizes)
-        distances = [asdict(reach) for reach in reaches]
-        if distances:
-            scale = {"state carried": scores.nats_per_token, "n-gram model": ngram.nats_per_token}
-            run.log_context_losses(distances, scale)
+        context.progress("measuring loss by context length")
+        by_context = context_losses(bundle.model, heldout, losses)
+        context.progress("generating samples, and searching the training text for copies")
+        sampling = sample_and_search(bundle.model, bundle.tokenizer, settings, dataset, heldout)
+        measures = scores.measures() | {f"ngram_{name}": value for name, value in ngram.measures().items()}
+        shares = {f"temperature-{t:g}": share for t, share in sampling.shares.items()}
+        shares["heldout"] = sampling.heldout_shares
+        copied = {f"{name}/{measure}": v for name, share in shares.items() for measure, v in share.measures().items()}
+        samples = [settings.prompt + bundle.tokenizer.decode(sampling.samples[t][0]) for t in settings.temperatures]
+        sizes = {"heldout_tokens": scores.tokens, "searched_bytes": sampling.searched_bytes}
+        run.log_metrics(measures | copied | sizes)
+        contexts = [asdict(loss) for loss in by_context]
+        if contexts:
+            baselines = {"state carried": scores.nats_per_token, "n-gram model": ngram.nats_per_token}
+            run.log_context_losses(contexts, baselines)
         for temperature, text in zip(settings.temperatures, samples, strict=True):
             run.client.log_text(run.id, text, f"samples/temperature-{temperature:g}.txt")
-    for line in report(scores, ngram, reaches, shares):
+    for line in report(scores, ngram, by_context, shares):
         context.progress(line)
     context.progress(
-        f"copied: spans of 32 characters that stand in {writing.searched_bytes / 1e6:,.1f} MB of training text; "
-        "repeated: 4-grams of tokens that stand in their text before"
+        f"copied: share of 32-character spans that occur in {sampling.searched_bytes / 1e6:,.1f} MB of training text; "
+        "repeated: share of token 4-grams that occur earlier in the same text"
     )
     result = {
         "stage": stage.name,
         "key": stage.key,
-        **measured,
-        "context": distances,
+        **measures,
+        "context": contexts,
         "copied": copied,
-        "searched_bytes": writing.searched_bytes,
-        "text": scores.text,
+        "searched_bytes": sampling.searched_bytes,
+        "text": scores.text_digest,
         "samples": samples,
         "run": run.id,
         "seconds": round(time.monotonic() - started, 1),
@@ -80,22 +81,24 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
 
 
 def report(
-    scores: "Scores", ngram: "Scores", reaches: "list[ContextLoss]", shares: "dict[str, CopyShares]"
+    scores: "Scores", ngram: "Scores", by_context: "list[ContextLoss]", shares: "dict[str, CopyShares]"
 ) -> Iterator[str]:
-    """What was found, for people, next to what it is to be compared with."""
+    """Yield the lines of a report for people: the model's scores beside those of the n-gram model, the loss by context
+    length, and the copy shares."""
     yield f"{'held-out text':30} {'model':>12} {'n-gram model':>12}"
     for (name, value), other in zip(scores.measures().items(), ngram.measures().values(), strict=True):
         yield f"{name.replace('_', ' '):30} {value:12,.3f} {other:12,.3f}"
-    yield f"{'tokens read since a reset':30} {'nats a token':>12} {'excess':>12}"
-    for reach in reaches:
-        span = f"{reach.first:,} to {reach.last:,}" if reach.last > reach.first else f"{reach.first}"
-        yield f"{span:30} {reach.nats:12.3f} {reach.excess:12.3f}"
-        if reach.excess < NOTHING:
-            break  # all that are further say the same
+    yield f"{'context length in tokens':30} {'nats/token':>12} {'excess':>12}"
+    for loss in by_context:
+        lengths = f"{loss.first:,} to {loss.last:,}" if loss.last > loss.first else f"{loss.first}"
+        yield f"{lengths:30} {loss.nats:12.3f} {loss.excess:12.3f}"
+        if loss.excess < NEGLIGIBLE:
+            break  # longer contexts give the same loss
     yield f"{'text':30} {'copied':>12} {'repeated':>12}"
-    for name, part in shares.items():
-        of = ["" if share is None else f"{share:.1%}" for share in (part.copied_share, part.repetition)]
-        yield f"{name:30} {of[0]:>12} {of[1]:>12}"
+    for name, share in shares.items():
+        values = (share.copied_share, share.repetition)
+        copied, repeated = ("" if value is None else f"{value:.1%}" for value in values)
+        yield f"{name:30} {copied:>12} {repeated:>12}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from gru import storage
 from gru.config import PipelineConfig
 from gru.registry import tracking
 from gru.registry.bundle import write_bundle
+from gru.registry.lineage import Lineage
 from jobs import entry, stages
 
 
@@ -34,16 +35,17 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
         )
         run.log_points(last.state["points"])
         run.log_loss_curve()
-        lineage = {
-            "run": run.id,
-            "checkpoint_step": last.step,
-            "dataset": prepared["dataset"],
-            "dataset_digest": prepared["digest"],
-            "tokenizer_digest": dataset.manifest.tokenizer_digest,
-            "sources": config.corpus.sources,
-            "versions": last.state["versions"],
-        }
-        write_bundle(bundle, config.model, last.tensors["ema"], dataset.tokenizer(), lineage)
+        lineage = Lineage(
+            run=run.id,
+            checkpoint_step=last.step,
+            checkpoint=last.path,
+            dataset=prepared["dataset"],
+            dataset_digest=prepared["digest"],
+            tokenizer_digest=dataset.manifest.tokenizer_digest,
+            sources=config.corpus.sources,
+            versions=last.state["versions"],
+        )
+        write_bundle(bundle, config.model, last.average, dataset.tokenizer(), lineage)
         result = {
             "stage": stage.name,
             "key": stage.key,

@@ -449,15 +449,18 @@ def _lineage(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     _find_tracking(storage.normalize(arguments.storage, Path.cwd()))
-    from gru.registry import lineage, versions
+    from gru.registry import lineage_trace, versions
+    from gru.training import checkpoint
 
     version = versions.find(arguments.model)
     with Console(stderr=True).status("") as status:
-        links = lineage.trace(version, arguments.verify, status.update)
+        links = lineage_trace.trace(
+            version, arguments.verify, status.update, lambda path: checkpoint.load(path).average
+        )
     if arguments.json:
         print(json.dumps([vars(link) for link in links], ensure_ascii=False))
     else:
-        print(lineage.report(arguments.model, links))
+        print(lineage_trace.report(arguments.model, links))
     if any(link.state == "different" for link in links):
         _leave(1)
 

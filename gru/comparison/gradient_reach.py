@@ -1,4 +1,7 @@
-"""How far back a model's gradients reach. T time, B lanes, E embedding, N tokens."""
+"""How far back in the text a model's gradients reach.
+
+T time, B lanes, E embedding, N tokens.
+"""
 
 from typing import Any
 
@@ -12,26 +15,28 @@ from gru.model.stream_loss import LanguageModel
 def gradient_reach(
     model: LanguageModel, tokens: np.ndarray, distance: int, lanes: int, end_of_text: int
 ) -> list[float]:
-    """|d loss_T / d x_{T-k}| for k = 0, 1, ... below `distance`, as shares of that for k = 0: how much the loss at one
-    token depends on the embedded input k tokens before. Norms are averaged over `lanes` places in the tokens; each is
-    read from a state of zeros."""
+    """Return the norm of d loss_T / d x_{T-k} for k = 0, 1, ... below `distance`, divided by the norm for k = 0.
+
+    It says how much the loss of one token depends on the embedded input k tokens before. Norms are averaged over
+    `lanes` places in the tokens; the model starts from the zero state at each.
+    """
     distance = min(distance, len(tokens))
     inputs_N = np.concatenate([[end_of_text], tokens[:-1].astype(np.int64)])
     starts_B = np.linspace(0, len(tokens) - distance, lanes).astype(np.int64)
-    places_TB = starts_B + np.arange(distance)[:, None]
+    positions_TB = starts_B + np.arange(distance)[:, None]
     device = model.output_bias.device
     inputs_TB, targets_TB = (
-        torch.from_numpy(array[places_TB]).to(device) for array in (inputs_N, tokens.astype(np.int64))
+        torch.from_numpy(array[positions_TB]).to(device) for array in (inputs_N, tokens.astype(np.int64))
     )
     weights_TB = torch.zeros(distance, lanes, device=device)
     weights_TB[-1] = 1
     embedded: list[Tensor] = []
 
-    def keep(module: Any, given: Any, x_TBE: Tensor) -> Tensor:
+    def record(module: Any, inputs: Any, x_TBE: Tensor) -> Tensor:
         embedded.append(x_TBE.detach().requires_grad_())
         return embedded[0]
 
-    hook = model.embedding.register_forward_hook(keep)
+    hook = model.embedding.register_forward_hook(record)
     try:
         total, _ = model.loss(inputs_TB, targets_TB, model.initial_state(lanes), weights_TB=weights_TB)
         [d_x_TBE] = torch.autograd.grad(total, embedded)

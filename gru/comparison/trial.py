@@ -1,14 +1,14 @@
-"""Different models on the same text for equal time: who trains, for how long, and what is measured on the way.
+"""One trial of a comparison: a contender trained for a given time, and measured during and after training.
 
-A contender is trained by one process, with no Ray: `Learner` on the lanes of a dataset. Its clock runs while it trains
-and stands still while it is measured; learning rates follow the share of the time that is over.
-T time, B lanes, E embedding.
+A trial runs in this process, without Ray: a `Learner` on the lanes of a dataset. Its clock runs during training and
+stops during measurements; the learning rate follows the share of the time that has passed.
+T time, B lanes, N tokens.
 """
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 import numpy as np
@@ -19,25 +19,27 @@ from gru.comparison.contenders import Contender
 from gru.comparison.gradient_reach import gradient_reach
 from gru.corpus.batches import LaneReader, sliding_batches, stream_batches
 from gru.corpus.dataset import Dataset, decode
-from gru.evaluation.scores import read_heldout
+from gru.evaluation.scores import Scores, read_heldout
 from gru.model.stream_loss import LanguageModel, stream_loss
 from gru.model.transformer import Transformer
 from gru.registry.tracking import LOSS, Point
 from gru.training.learner import Diverged, Learner
 
 MEASUREMENTS = 16
-"""Of the held-out loss, spread evenly over the time."""
-POINTS = 128
-"""Logged of the training loss, at most."""
+"""Number of measurements of the held-out loss, spread evenly over the time."""
+MAX_POINTS = 128
+"""Largest number of logged points of the training loss between measurements."""
+SEQUENCE_LENGTH = 256
+"""Tokens of held-out text that a recurrent model reads per batch and lane."""
 REACH = 512
-"""Tokens into the past to which gradients are followed."""
+"""Number of tokens back to which gradients are followed."""
 REACH_LANES = 32
-STREAMS = (1_000, 10_000)
-"""Lengths in tokens at which the memory of a stream is told."""
+STREAM_LENGTHS = (1_000, 10_000)
+"""Lengths in tokens for which the memory of a stream is reported."""
 
 
 class TrialRecord(TypedDict):
-    """What came of one contender and seed; plain JSON."""
+    """The result of a trial, as plain JSON."""
 
     name: str
     seed: int
@@ -49,70 +51,118 @@ class TrialRecord(TypedDict):
     steps: int
     tokens_per_second: float
     points: list[Point]  # `time` in training seconds
-    heldout: list[float]  # nats per token at the end of each `MEASUREMENTS`-th of the time; fewer if it diverged
-    characters_per_token: float  # of the text that those are measured on
+    heldout: list[float]  # nats per token at each of the `MEASUREMENTS`; fewer if the trial diverged
+    characters_per_token: float  # of the held-out text that is measured during training
     bytes_per_token: float
-    nats_per_character: float | None  # at the end, on all held-out text; None if it diverged
+    nats_per_character: float | None  # after training, on all held-out text; None if the trial diverged
     bits_per_byte: float | None
     reach: list[float]  # see gradient_reach
-    state_bytes: dict[str, int]  # by length of the stream
+    state_bytes: dict[str, int]  # memory of a stream, by its length in tokens
     diverged: str | None
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """The conditions that all trials of a comparison share."""
+
+    dataset: Dataset
+    heldout: np.ndarray
+    """Held-out tokens [N] that are measured during training."""
+    seconds: float
+    """Training time of each trial."""
+    lanes: int
+    """Number of lanes in which held-out text is read."""
+    heldout_bytes: int
+    """Number of bytes of held-out text that are scored after training, at most."""
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """What was measured during a trial's training, in the order of steps."""
+
+    points: list[Point] = field(default_factory=list)
+    heldout: list[float] = field(default_factory=list)
+    """Held-out loss in nats per token at each measurement."""
+
+
 def train_contender(
-    contender: Contender,
-    seed: int,
-    dataset: Dataset,
-    heldout: np.ndarray,
-    seconds: float,
-    lanes: int,
-    most_bytes: int,
-    device: torch.device,
-    show: Callable[[str], None],
+    contender: Contender, seed: int, conditions: Conditions, show: Callable[[str], None]
 ) -> tuple[TrialRecord, LanguageModel]:
-    """Train one contender for so many seconds, measured on the tokens `heldout` on the way and at its end on all
-    held-out text, `most_bytes` at most, read in `lanes` stretches. Raises UserError if the corpus is too small."""
-    manifest, config = dataset.manifest, contender.train.model_copy(update={"seed": seed})
+    """Train a contender and return its record and its averaged model. Raises UserError if the corpus is too small."""
+    manifest, device = conditions.dataset.manifest, conditions.device
+    config = contender.train.model_copy(update={"seed": seed})
     learner = Learner(
         contender.model, config, manifest.vocab_size, manifest.end_of_text, device=device, build=contender.build
     )
-    # What carries no state is scored on windows that overlap.
-    cut, window = (sliding_batches, config.sequence_length) if contender.transformer else (stream_batches, 256)
+    curve = TrainingCurve()
+    diverged = _train(learner, contender, conditions, curve, show)
+    # fp32, as the model would be served
+    model = contender.build(contender.model, manifest.vocab_size, torch.float32).to(device)
+    model.load_state_dict(learner.average.state_dict())
+    scores = None if diverged else _scores(model, contender, conditions)
+    return _record(contender, conditions, learner, model, curve, scores, diverged), model
+
+
+def _train(
+    learner: Learner, contender: Contender, conditions: Conditions, curve: TrainingCurve, show: Callable[[str], None]
+) -> str | None:
+    """Train for the trial's time. Return why the training diverged; None if it did not."""
+    dataset = conditions.dataset
+    end_of_text, segments = dataset.manifest.end_of_text, dataset.segments("train")
 
     def measure() -> float:
-        batches = cut(heldout, lanes, window, manifest.end_of_text)
-        loss = stream_loss(learner.average, batches, lanes) / len(heldout)
+        batches = _heldout_batches(conditions.heldout, contender, conditions)
+        loss = stream_loss(learner.average, batches, conditions.lanes) / len(conditions.heldout)
         show(f"step {learner.step:,}, held-out loss {loss:.4f}")
         return loss
-
-    diverged: str | None = None
-    points: list[Point] = []
-    losses: list[float] = []
-    segments = dataset.segments("train")
 
     def read(index: int) -> np.ndarray:
         return dataset.read_segment(segments[index])
 
-    order = contender.lane_order(dataset, seed)
-    with LaneReader(order, read, manifest.end_of_text, learner.lanes) as reader:
+    order = contender.lane_order(dataset, learner.config.seed)
+    with LaneReader(order, read, end_of_text, learner.lanes) as reader:
         try:
-            train_for(learner, reader.batch, seconds, measure, points, losses)
+            train_for(learner, reader.batch, conditions.seconds, measure, curve)
         except Diverged as divergence:
-            diverged = str(divergence)
-    if diverged is None and not math.isfinite(losses[-1]):
-        diverged = f"the held-out loss is {losses.pop()} at step {learner.step}"
-    tokenizer = dataset.tokenizer()
-    model = contender.build(contender.model, manifest.vocab_size, torch.float32).to(device)  # as it would be served
-    model.load_state_dict(learner.average.state_dict())
-    text = decode(tokenizer, heldout[heldout != manifest.end_of_text])
-    scores = None
-    if diverged is None:
-        whole = read_heldout(tokenizer, dataset.texts("heldout"), most_bytes)
-        scores = whole.scores(stream_loss(model, cut(whole.tokens, lanes, window, manifest.end_of_text), lanes), lanes)
+            return str(divergence)
+    if not math.isfinite(curve.heldout[-1]):
+        return f"the held-out loss is {curve.heldout.pop()} at step {learner.step}"
+    return None
+
+
+def _heldout_batches(
+    tokens: np.ndarray, contender: Contender, conditions: Conditions
+) -> Iterable[tuple[np.ndarray, ...]]:
+    """Return batches of held-out tokens: overlapping windows for the Transformer, which carries no state."""
+    end_of_text, lanes = conditions.dataset.manifest.end_of_text, conditions.lanes
+    if contender.transformer:
+        return sliding_batches(tokens, lanes, contender.train.sequence_length, end_of_text)
+    return stream_batches(tokens, lanes, SEQUENCE_LENGTH, end_of_text)
+
+
+def _scores(model: LanguageModel, contender: Contender, conditions: Conditions) -> Scores:
+    dataset, lanes = conditions.dataset, conditions.lanes
+    text = read_heldout(dataset.tokenizer(), dataset.texts("heldout"), conditions.heldout_bytes)
+    return text.scores(stream_loss(model, _heldout_batches(text.tokens, contender, conditions), lanes), lanes)
+
+
+def _record(
+    contender: Contender,
+    conditions: Conditions,
+    learner: Learner,
+    model: LanguageModel,
+    curve: TrainingCurve,
+    scores: Scores | None,
+    diverged: str | None,
+) -> TrialRecord:
+    config, device, points = learner.config, conditions.device, curve.points
+    heldout, end_of_text = conditions.heldout, conditions.dataset.manifest.end_of_text
+    text = decode(conditions.dataset.tokenizer(), heldout[heldout != end_of_text])
     distance = min(REACH, config.sequence_length) if contender.transformer else REACH
-    record: TrialRecord = {
+    return {
         "name": contender.name,
-        "seed": seed,
+        "seed": config.seed,
         "settings": {
             "model": contender.model.model_dump(),
             "train": config.model_dump(),
@@ -125,20 +175,20 @@ def train_contender(
         "steps": learner.step,
         "tokens_per_second": float(np.median([point["metrics"]["train/tokens_per_second"] for point in points] or [0])),
         "points": points,
-        "heldout": losses,
+        "heldout": curve.heldout,
         "characters_per_token": len(text.decode(errors="replace")) / len(heldout),
         "bytes_per_token": len(text) / len(heldout),
         "nats_per_character": scores.nats_per_character if scores else None,
         "bits_per_byte": scores.bits_per_byte if scores else None,
-        "reach": [] if diverged else gradient_reach(model, heldout, distance, REACH_LANES, manifest.end_of_text),
-        "state_bytes": {str(tokens): stream_bytes(model, tokens) for tokens in STREAMS},
+        "reach": [] if diverged else gradient_reach(model, heldout, distance, REACH_LANES, end_of_text),
+        "state_bytes": {str(tokens): stream_bytes(model, tokens) for tokens in STREAM_LENGTHS},
         "diverged": diverged,
     }
-    return record, model
 
 
 def stream_bytes(model: LanguageModel, tokens: int) -> int:
-    """Memory of one stream that has read so many tokens, in fp32 as it is served: its state, or all keys and values."""
+    """Return the memory in bytes, in fp32, of a served stream that has read `tokens` tokens: a recurrent model's state,
+    or the keys and values of the Transformer."""
     return model.cache_bytes(tokens) if isinstance(model, Transformer) else model.initial_state(1).nbytes
 
 
@@ -147,38 +197,37 @@ def train_for(
     batch: Callable[[int], tuple[np.ndarray, np.ndarray]],
     seconds: float,
     measure: Callable[[], float],
-    points: list[Point],
-    losses: list[float],
+    curve: TrainingCurve,
 ) -> None:
-    """Train until so many seconds of training are over.
+    """Train until `seconds` of training have passed, and append points and held-out losses to `curve`.
 
-    `measure` is called at the end of each `MEASUREMENTS`-th of them, off the clock, and its values go to `losses`;
-    what happened goes to `points`. A measurement that a long step reached past belongs to every mark before it; one
-    that is not finite is the last. Raises Diverged.
+    `measure` returns the held-out loss. It is called at `MEASUREMENTS` marks, evenly spaced over the time, while the
+    clock is stopped. If one step passes several marks, its measurement counts for each of them. Training ends with a
+    measurement that is not finite. Raises Diverged.
     """
-    spent = since_spent = 0.0
-    since: list[Tensor] = []
+    elapsed = last_point = 0.0
+    step_losses: list[Tensor] = []
     tokens = 0
     marks = [seconds * (mark + 1) / MEASUREMENTS for mark in range(MEASUREMENTS)]
-    while spent < seconds and all(map(math.isfinite, losses)):
+    while elapsed < seconds and all(map(math.isfinite, curve.heldout)):
         started = time.perf_counter()
         inputs_TB, targets_TB = batch(learner.step)
-        loss, norm = learner.train_step(inputs_TB, targets_TB, done=spent / seconds)
-        spent += time.perf_counter() - started
-        since.append(loss)
+        loss, norm = learner.train_step(inputs_TB, targets_TB, done=elapsed / seconds)
+        elapsed += time.perf_counter() - started
+        step_losses.append(loss)
         tokens += inputs_TB.size
-        due = sum(mark <= spent for mark in marks) - len(losses)
-        if not due and spent - since_spent < seconds / POINTS:
+        due = sum(mark <= elapsed for mark in marks) - len(curve.heldout)
+        if not due and elapsed - last_point < seconds / MAX_POINTS:
             continue
         metrics = {
-            LOSS: float(torch.stack(since).mean()),
+            LOSS: float(torch.stack(step_losses).mean()),
             "train/gradient_norm": norm,
             "train/learning_rate": learner.optimizer.param_groups[0]["lr"],
-            "train/tokens_per_second": tokens / (spent - since_spent),
-            "train/seconds": spent,
+            "train/tokens_per_second": tokens / (elapsed - last_point),
+            "train/seconds": elapsed,
         }
         if due:
-            metrics["heldout/loss"] = measured = measure()
-            losses += [measured] * (due if math.isfinite(measured) else 1)
-        points.append({"step": learner.step, "time": spent, "metrics": metrics})
-        since, tokens, since_spent = [], 0, spent
+            metrics["heldout/loss"] = heldout_loss = measure()
+            curve.heldout.extend([heldout_loss] * (due if math.isfinite(heldout_loss) else 1))
+        curve.points.append({"step": learner.step, "time": elapsed, "metrics": metrics})
+        step_losses, tokens, last_point = [], 0, elapsed

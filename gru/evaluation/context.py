@@ -1,6 +1,6 @@
-"""Use of context: how the loss falls with the number of tokens read since the state was reset.
+"""Loss by context length: how it falls with the number of tokens read since the state was reset.
 
-N tokens of the text; T time, B starting points side by side, L layers, H hidden.
+N tokens of the text; T time, B resets side by side, L layers, H hidden.
 """
 
 import math
@@ -12,49 +12,51 @@ import torch
 from gru.evaluation.scores import HeldoutText, Losses, window_losses
 from gru.model.language_model import GRULanguageModel
 
-LONGEST_CONTEXT = 2048  # tokens after a reset up to which the loss is measured
-MAX_STARTS = 2048
-TOKENS_PER_DISTANCE = 8192  # most losses that are averaged at each distance
+LONGEST_CONTEXT = 2048  # tokens
+MAX_RESETS = 2048
+LOSSES_PER_CONTEXT = 8192  # most losses that are averaged at each context length
 
 
 @dataclass(frozen=True)
 class ContextLoss:
-    """Loss of tokens before which, since a reset, `first` to `last` tokens were read."""
+    """The mean loss of tokens that follow a context of `first` to `last` tokens, counted from a reset of the state."""
 
     first: int
     last: int
     starts: int
-    """Points of the text at which the model was reset."""
+    """Number of resets."""
     nats: float
-    """Mean for each token of the text."""
+    """Loss in nats per token of the whole text."""
     excess: float
-    """What of it goes back to the reset."""
+    """The part of `nats` that is due to the reset."""
     error: float | None
-    """Standard error of both; None where there is one start."""
+    """Standard error of `nats` and `excess`; None with a single reset."""
 
 
 @torch.inference_mode()
 def context_losses(model: GRULanguageModel, heldout: HeldoutText, carried: Losses) -> list[ContextLoss]:
-    """How the loss falls with what was read since the model was reset to the zero state, at points all over the text.
+    """Measure the loss at increasing distances from resets of the state to zero, which are spread over the text.
 
-    The distances double: 1, 2, 3-4, 5-8 ... LONGEST_CONTEXT, or less where the text is shorter; the longer, the fewer
-    starts. carried: from `token_losses`. Each loss is compared with that of the same token there: how difficult the
-    tokens are, which differs more from start to start than contexts do, cancels out.
+    The ranges of context lengths double: 1, 2, 3-4, 5-8 ... up to LONGEST_CONTEXT, or less where the text is shorter.
+    Longer contexts are measured at fewer resets. carried: the loss of each token [N] without resets, from
+    `token_losses`. Each loss is compared with the carried loss of the same token. This cancels the difficulty of the
+    tokens, which varies more from reset to reset than the loss varies with the context length.
     """
     longest = min(LONGEST_CONTEXT, 1 << (len(heldout.tokens) - 1).bit_length() >> 1)
-    room = len(heldout.tokens) - longest
-    places_B = np.linspace(0, room, min(MAX_STARTS, room), endpoint=False).astype(np.int64)
-    state_LBH = model.initial_state(len(places_B))
-    reaches: list[ContextLoss] = []
-    while (before := reaches[-1].last if reaches else 0) < longest:
-        last = max(1, 2 * before)
-        stride = -(-len(places_B) * (last - before) // min(TOKENS_PER_DISTANCE, room))  # starts do not overlap
-        places_B, state_LBH = places_B[::stride], state_LBH[:, ::stride].contiguous()
-        places_TB = places_B + np.arange(before, last)[:, None]
-        inputs_TB, targets_TB = (heldout.tokens[places].astype(np.int64) for places in (places_TB, places_TB + 1))
+    last_start = len(heldout.tokens) - longest
+    positions_B = np.linspace(0, last_start, min(MAX_RESETS, last_start), endpoint=False).astype(np.int64)
+    state_LBH = model.initial_state(len(positions_B))
+    losses: list[ContextLoss] = []
+    while (previous := losses[-1].last if losses else 0) < longest:
+        last = max(1, 2 * previous)
+        # The ranges after neighbouring resets do not overlap.
+        stride = -(-len(positions_B) * (last - previous) // min(LOSSES_PER_CONTEXT, last_start))
+        positions_B, state_LBH = positions_B[::stride], state_LBH[:, ::stride].contiguous()
+        positions_TB = positions_B + np.arange(previous, last)[:, None]
+        inputs_TB, targets_TB = (heldout.tokens[at].astype(np.int64) for at in (positions_TB, positions_TB + 1))
         losses_TB, state_LBH = window_losses(model, inputs_TB, targets_TB, state_LBH)
-        excess_B = (losses_TB - carried[places_TB + 1]).mean(axis=0, dtype=np.float64)
+        excess_B = (losses_TB - carried[positions_TB + 1]).mean(axis=0, dtype=np.float64)
         excess, starts = float(excess_B.mean()), len(excess_B)
         error = float(excess_B.std(ddof=1)) / math.sqrt(starts) if starts > 1 else None
-        reaches.append(ContextLoss(before + 1, last, starts, float(carried.mean()) + excess, excess, error))
-    return reaches
+        losses.append(ContextLoss(previous + 1, last, starts, float(carried.mean()) + excess, excess, error))
+    return losses

@@ -1,4 +1,4 @@
-"""What a model writes at each temperature, and how much of it is copied from the training text or repeats itself."""
+"""Samples of a model at each temperature, and how much of them is copied from the training text or repeated."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,75 +8,80 @@ import numpy as np
 from gru.config import EvaluateConfig
 from gru.corpus.dataset import Dataset, first_texts
 from gru.corpus.tokenizer import Tokenizer
-from gru.evaluation import memorization
+from gru.evaluation.memorization import copied_share, copied_spans, repetition
 from gru.evaluation.scores import HeldoutText, Tokens
 from gru.generation.generate import generate_ids
 from gru.generation.sampling import GREEDY, SamplingParams
 from gru.model.language_model import GRULanguageModel
 
 SAMPLES = 16  # texts at each temperature
-SEARCHED_BYTES = 200_000_000  # of training text, 20 seconds
+SEARCHED_BYTES = 200_000_000  # of training text; takes 20 seconds
 
 
 @dataclass(frozen=True)
 class CopyShares:
-    """How much of some texts is copied. A share is None where no text is long enough."""
+    """How much of a set of texts is copied. A share is None if every text is too short for it."""
 
     copied_share: float | None
-    """Of all spans of 32 characters, those that stand verbatim in the training text."""
+    """Share of the spans of 32 characters that occur verbatim in the training text."""
     repetition: float | None
-    """Of a text's 4-grams of tokens, those that stand in it before; the mean over the texts."""
+    """Share of a text's 4-grams of tokens that occur earlier in the same text; mean over the texts."""
 
     def measures(self) -> dict[str, float]:
+        """Return the shares that are not None, by name."""
         shares = {"copied_share": self.copied_share, "repetition": self.repetition}
         return {name: share for name, share in shares.items() if share is not None}
 
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a model writes at each temperature, and held-out text of the same length as the scale."""
+    """The samples at each temperature, and their copy shares beside those of held-out text of the same length."""
 
     samples: dict[float, list[list[int]]]
-    """Token ids after the prompt; the first text at a temperature is that of seed 0."""
-    copied: dict[float, CopyShares]
-    heldout: CopyShares
+    """Token ids after the prompt, by temperature; the first sample of each temperature has seed 0."""
+    shares: dict[float, CopyShares]
+    """Copy shares of the samples, by temperature."""
+    heldout_shares: CopyShares
     searched_bytes: int
-    """How much of the training text was searched at least; where that is not all, more may be copied."""
+    """Number of bytes of training text that were searched, at least; if that is not all of it, more may be copied."""
 
 
 def sample_and_search(
-    model: GRULanguageModel, tokenizer: Tokenizer, settings: EvaluateConfig, dataset: Dataset, heldout: HeldoutText
+    model: GRULanguageModel, tokenizer: Tokenizer, config: EvaluateConfig, dataset: Dataset, heldout: HeldoutText
 ) -> SampleReport:
-    """Let the model write SAMPLES texts at each temperature, and see what of them is copied."""
-    params = [
-        SamplingParams(seed=seed, temperature=temperature)
-        for temperature in dict.fromkeys(settings.temperatures)
-        for seed in range(SAMPLES if temperature >= GREEDY else 1)  # the likeliest text is always the same
-    ]
-    samples: dict[float, list[list[int]]] = {}
-    written = generate_ids(model, tokenizer, settings.prompt, settings.sample_tokens, params)
-    for each, ids in zip(params, written, strict=True):
-        samples.setdefault(each.temperature, []).append(ids)
-    scale = list(_excerpts(heldout, SAMPLES, settings.sample_tokens))
+    """Generate SAMPLES texts at each temperature, and search the training text for copies of their spans."""
+    samples = _generate(model, tokenizer, config)
+    texts = {temperature: [tokenizer.decode(ids) for ids in group] for temperature, group in samples.items()}
+    excerpts = list(_excerpts(heldout, SAMPLES, config.sample_tokens))
     # Excerpts may begin and end within a character.
-    scale_texts = [tokenizer.decode_bytes(ids).decode(errors="ignore") for ids in scale]
-    texts = {temperature: [tokenizer.decode(ids) for ids in these] for temperature, these in samples.items()}
-    others = first_texts(dataset.texts("train"), SEARCHED_BYTES)
-    found = memorization.copied_spans([text for these in (scale_texts, *texts.values()) for text in these], others)
+    excerpt_texts = [tokenizer.decode_bytes(ids).decode(errors="ignore") for ids in excerpts]
+    training_texts = first_texts(dataset.texts("train"), SEARCHED_BYTES)
+    copied = copied_spans([text for group in (excerpt_texts, *texts.values()) for text in group], training_texts)
     return SampleReport(
         samples,
-        {
-            t: CopyShares(memorization.copied_share(texts[t], found), memorization.repetition(samples[t]))
-            for t in samples
-        },
-        CopyShares(memorization.copied_share(scale_texts, found), memorization.repetition(scale)),
+        {t: CopyShares(copied_share(texts[t], copied), repetition(samples[t])) for t in samples},
+        CopyShares(copied_share(excerpt_texts, copied), repetition(excerpts)),
         min(dataset.manifest.train.bytes, SEARCHED_BYTES),
     )
 
 
-def _excerpts(heldout: HeldoutText, count: int, tokens: int) -> Iterator[Tokens]:
-    """Pieces of at most `tokens` tokens from all over the text, each of one document."""
+def _generate(model: GRULanguageModel, tokenizer: Tokenizer, config: EvaluateConfig) -> dict[float, list[list[int]]]:
+    """Return the token ids of SAMPLES samples at each temperature."""
+    params = [
+        SamplingParams(seed=seed, temperature=temperature)
+        for temperature in dict.fromkeys(config.temperatures)
+        for seed in range(SAMPLES if temperature >= GREEDY else 1)  # greedy decoding always gives the same text
+    ]
+    samples: dict[float, list[list[int]]] = {}
+    generated = generate_ids(model, tokenizer, config.prompt, config.sample_tokens, params)
+    for each, ids in zip(params, generated, strict=True):
+        samples.setdefault(each.temperature, []).append(ids)
+    return samples
+
+
+def _excerpts(heldout: HeldoutText, count: int, length: int) -> Iterator[Tokens]:
+    """Yield excerpts of at most `length` tokens, evenly spaced over the text, each within one document."""
     for start in np.linspace(0, len(heldout.tokens), count, endpoint=False).astype(int).tolist():
-        piece = heldout.tokens[start : start + tokens]
-        ends = np.flatnonzero(piece == heldout.end_of_text)
-        yield piece[: ends[0]] if len(ends) else piece
+        excerpt = heldout.tokens[start : start + length]
+        ends = np.flatnonzero(excerpt == heldout.end_of_text)
+        yield excerpt[: ends[0]] if len(ends) else excerpt

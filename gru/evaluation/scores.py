@@ -1,9 +1,9 @@
-"""Scores on held-out text: bits per byte and the measures beside it, for models and for the n-gram baseline.
+"""Scores on held-out text: bits per byte and related measures, of models and of the n-gram baseline.
 
-Bits per byte, and the measures per character, do not depend on the tokenizer, so models with different tokenizers can
-be compared on the same text.
+Measures per byte and per character do not depend on the tokenizer, so they compare models with different tokenizers on
+the same text.
 
-N tokens of the text; T time, B lanes side by side, L layers, E embedding, H hidden.
+N tokens of the text; T time, B lanes, L layers, E embedding, H hidden.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from gru.evaluation.ngram import NGramModel
 from gru.model.language_model import GRULanguageModel
 
 SEQUENCE_LENGTH = 256
-LOGITS = 1 << 24  # in memory at a time
+MAX_LOGITS = 1 << 24  # in memory at a time
 NGRAM_ORDER = 5
-NGRAM_TOKENS = 10_000_000  # 1 GB of memory and 15 seconds
+NGRAM_TOKENS = 10_000_000  # takes 1 GB of memory and 15 seconds
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
 Losses = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -33,16 +33,16 @@ Losses = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Losses over a text: `nats` in all, ends of documents included; bytes and characters without them.
-
-    `text` is a digest of what was scored: scores can be compared where it is the same.
-    """
+    """The loss of a text, and its size."""
 
     nats: float
+    """Loss summed over all tokens, end-of-text tokens included."""
     tokens: int
     bytes: int
+    """Number of UTF-8 bytes of the documents."""
     characters: int
-    text: str
+    text_digest: str
+    """Digest of the text and of how it was read: scores with the same digest can be compared."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -70,36 +70,41 @@ class Scores:
 
     @property
     def perplexity_per_token(self) -> float:
-        """To be compared with that of the same tokenizer only."""
+        """Perplexity per token; it compares models with the same tokenizer only."""
         return math.exp(self.nats / self.tokens)
 
     def measures(self) -> dict[str, float]:
+        """Return all measures, by name."""
         names = ("bits_per_byte", "bits_per_character", "bits_per_token", "nats_per_character")
         return {name: getattr(self, name) for name in (*names, "perplexity_per_character", "perplexity_per_token")}
 
 
 @dataclass(frozen=True)
 class HeldoutText:
-    """Whole documents as one stream of tokens, an end of text after each. `digest` is that of their texts."""
+    """Held-out documents as one stream of tokens."""
 
     tokens: Tokens
+    """Token ids [N], an end-of-text token after each document."""
     end_of_text: int
     bytes: int
+    """Number of UTF-8 bytes of the documents."""
     characters: int
     digest: str
+    """Digest of the documents' texts."""
 
     def scores(self, nats: float, lanes: int) -> Scores:
-        """nats: the loss in all. lanes: stretches that were read side by side, a reset before each."""
-        text = hashlib.sha256(f"{lanes} lanes of {self.digest}".encode()).hexdigest()
-        return Scores(nats, len(self.tokens), self.bytes, self.characters, text)
+        """Return the scores of a model. nats: its loss, summed over the tokens. lanes: the number of lanes in which it
+        read the text, each from a reset state."""
+        text_digest = hashlib.sha256(f"{lanes} lanes of {self.digest}".encode()).hexdigest()
+        return Scores(nats, len(self.tokens), self.bytes, self.characters, text_digest)
 
 
-def read_heldout(tokenizer: Tokenizer, texts: Iterable[str], most_bytes: int) -> HeldoutText:
-    """The first documents, until there are `most_bytes`."""
+def read_heldout(tokenizer: Tokenizer, texts: Iterable[str], max_bytes: int) -> HeldoutText:
+    """Tokenize the first documents, up to and including the one that reaches `max_bytes`."""
     parts: list[np.ndarray] = []
     size = characters = 0
     digest = hashlib.sha256()
-    for text in first_texts(texts, most_bytes):
+    for text in first_texts(texts, max_bytes):
         data = text.encode()
         parts.append(np.append(tokenizer.encode(text), np.uint32(tokenizer.end_of_text)))
         digest.update(hashlib.sha256(data).digest())
@@ -108,13 +113,13 @@ def read_heldout(tokenizer: Tokenizer, texts: Iterable[str], most_bytes: int) ->
 
 
 def score(model: GRULanguageModel, heldout: HeldoutText, lanes: int) -> Scores:
-    """The model's scores on the text, read in so many lanes."""
+    """Return the scores of a model that reads the text in `lanes` lanes."""
     return heldout.scores(float(token_losses(model, heldout, lanes).sum(dtype=np.float64)), lanes)
 
 
 @torch.inference_mode()
 def token_losses(model: GRULanguageModel, heldout: HeldoutText, lanes: int) -> Losses:
-    """The loss of each token in nats [N]; the state is carried from each document to the next."""
+    """Return the loss of each token [N], in nats; the state is carried from each document to the next."""
     state_LBH = model.initial_state(lanes)
     parts = []
     for inputs_TB, targets_TB, _ in stream_batches(heldout.tokens, lanes, SEQUENCE_LENGTH, heldout.end_of_text):
@@ -124,29 +129,29 @@ def token_losses(model: GRULanguageModel, heldout: HeldoutText, lanes: int) -> L
 
 
 def score_ngrams(dataset: Dataset, heldout: HeldoutText) -> Scores:
-    """An n-gram model of the dataset's training tokens, at most NGRAM_TOKENS from all over it, on the same tokens."""
+    """Return the scores of an n-gram model of the training tokens, or of NGRAM_TOKENS from evenly spaced segments."""
     manifest = dataset.manifest
-    model = NGramModel(_spread(dataset, NGRAM_TOKENS), manifest.vocab_size, manifest.end_of_text, NGRAM_ORDER)
+    model = NGramModel(_training_tokens(dataset, NGRAM_TOKENS), manifest.vocab_size, manifest.end_of_text, NGRAM_ORDER)
     return heldout.scores(float(model.losses(heldout.tokens).sum()), lanes=1)
 
 
-def _spread(dataset: Dataset, most: int) -> Tokens:
-    """Training tokens, of all segments or of some at equal distances."""
+def _training_tokens(dataset: Dataset, limit: int) -> Tokens:
+    """Return at most `limit` training tokens, from all segments or from evenly spaced ones."""
     segments = dataset.segments("train")
-    stride = max(1.0, dataset.manifest.train.tokens / most)
+    stride = max(1.0, dataset.manifest.train.tokens / limit)
     chosen = [segments[int(i * stride)] for i in range(math.ceil(len(segments) / stride))]
-    return np.concatenate([dataset.read_segment(segment) for segment in chosen])[:most]
+    return np.concatenate([dataset.read_segment(segment) for segment in chosen])[:limit]
 
 
 def window_losses(
     model: GRULanguageModel, inputs_TB: Tokens, targets_TB: Tokens, state_LBH: torch.Tensor
 ) -> tuple[Losses, torch.Tensor]:
-    """The loss of each target in nats [T, B], and the next state. The logits are never in memory all at once."""
+    """Return the loss of each target [T, B], in nats, and the next state. The logits are computed a part at a time."""
     inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)).to(state_LBH.device) for a in (inputs_TB, targets_TB))
     x_TBE, state_LBH = model.features(inputs, state_LBH)
-    rows = max(1, LOGITS // model.vocab_size)
+    rows = max(1, MAX_LOGITS // model.vocab_size)
     losses = [
-        F.cross_entropy(model.logits(x), aims, reduction="none")
-        for x, aims in zip(x_TBE.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        F.cross_entropy(model.logits(x), row_targets, reduction="none")
+        for x, row_targets in zip(x_TBE.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     ]
     return torch.cat(losses).view(targets.shape).float().cpu().numpy(), state_LBH

@@ -1,6 +1,6 @@
 """The model bundle: a directory with all that generation needs.
 
-weights.safetensors, config.json, tokenizer.json, lineage.json, and digests.json, written last.
+Its files are weights.safetensors, config.json, tokenizer.json, lineage.json, and digests.json, which is written last.
 """
 
 import json
@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -19,16 +18,18 @@ from gru.config import ModelConfig
 from gru.corpus.tokenizer import Tokenizer
 from gru.digests import DIGESTS, read_verified, write_digests
 from gru.model.language_model import GRULanguageModel, with_current_names
+from gru.registry.lineage import Lineage
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model with all that generation needs."""
+    """A loaded bundle: a model with all that generation needs."""
 
     model: GRULanguageModel
     tokenizer: Tokenizer
-    lineage: dict[str, Any]
+    lineage: Lineage
     digest: str
+    """SHA-256 over the digests of all files."""
 
 
 def write_bundle(
@@ -36,15 +37,16 @@ def write_bundle(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     tokenizer: Tokenizer,
-    lineage: Mapping[str, Any],
+    lineage: Lineage,
 ) -> None:
+    """Write a bundle to storage; digests.json, which completes it, comes last."""
     model = {"model": config.model_dump(), "vocab_size": tokenizer.vocab_size}
     with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
         directory = Path(temporary)
         (directory / "weights.safetensors").write_bytes(save_tensors(dict(weights)))
         (directory / "config.json").write_text(json.dumps(model, indent=1))
         (directory / "tokenizer.json").write_bytes(tokenizer.json)
-        (directory / "lineage.json").write_text(json.dumps(lineage, indent=1, ensure_ascii=False))
+        (directory / "lineage.json").write_text(json.dumps(lineage.model_dump(), indent=1, ensure_ascii=False))
         write_digests(directory)
         storage.upload(directory, path, last=DIGESTS)
 
@@ -59,6 +61,6 @@ def load_bundle(path: str | Path) -> Bundle:
     return Bundle(
         model.eval().requires_grad_(False),
         Tokenizer(files["tokenizer.json"]),
-        json.loads(files["lineage.json"]),
+        Lineage.model_validate_json(files["lineage.json"]),
         digest,
     )

@@ -1,6 +1,6 @@
 """The bundle as an MLflow pyfunc: `mlflow.pyfunc.load_model("models:/NAME@champion").predict(["def "])`.
 
-MLflow runs this file to load a model (models from code), which is why it registers one when imported.
+MLflow loads a model by running this file (models from code), so importing it registers the model.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from gru.registry.bundle import Bundle, load_bundle
 
 
 class BundleModel(PythonModel):
-    """Prompts in, each prompt with its continuation out. Params: max_tokens (64), temperature (0.8)."""
+    """A bundle that returns each prompt with its continuation. Params: max_tokens (64), temperature (0.8)."""
 
     bundle: Bundle
 
     def load_context(self, context: PythonModelContext) -> None:
         self.bundle = load_bundle(context.artifacts["bundle"])
 
-    def predict(  # type: ignore[override]  # MLflow takes the types from here, and allows leaving out the context
+    def predict(  # type: ignore[override]  # MLflow reads the types here; the context may be omitted
         self, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
         settings = {"max_tokens": 64, "temperature": 0.8} | (params or {})

@@ -1,7 +1,8 @@
 """MLflow runs: opened once, resumed by key, each point logged once.
 
-Everything goes through a client with explicit run ids: MLflow's active run is local to a thread, and stages are
-processes. The server is MLflow's own tracking URI (MLFLOW_TRACKING_URI). Knows no stage and no configuration.
+Every call passes an explicit run id to a client, because MLflow's active run is local to a thread and stages are
+processes. The server is the one at MLflow's tracking URI (MLFLOW_TRACKING_URI). This module knows no stage and no
+configuration.
 """
 
 import json
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 KEY_TAG = "gru.key"
-LOSS = "train/loss"  # every point has it, so it tells which steps have been logged
-MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # or the UI opens on traces of agents
-SETTLE_SECONDS = 0.5  # in which a run that another process makes at the same moment can be seen
-METRICS_A_CALL = 1000  # MLflow's limit
+LOSS = "train/loss"  # in every point, so its history shows which steps have been logged
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # without it the UI opens on traces of agents
+SETTLE_SECONDS = 0.5  # until a run that another process creates at the same moment is visible
+METRICS_PER_CALL = 1000  # MLflow's limit
 
 
 class Point(TypedDict):
-    """Metrics of one step, in the order of steps."""
+    """The metrics of one step."""
 
     step: int
     time: float  # seconds since the epoch
@@ -34,7 +35,7 @@ class Point(TypedDict):
 
 
 class Run:
-    """One MLflow run, found again by its key."""
+    """An MLflow run, identified by its key."""
 
     def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
         self.client = client
@@ -47,16 +48,16 @@ class Run:
         return f"{self.client.tracking_uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.id}"
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Nested sections become dotted names; what was logged before is left as it is."""
+        """Log parameters, nested sections under dotted names; a parameter that was logged before keeps its value."""
         from mlflow.entities import Param
 
-        known = self.client.get_run(self.id).data.params
-        fresh = [Param(k, str(v)) for k, v in flatten(params) if k not in known]
-        for start in range(0, len(fresh), 100):
-            self.client.log_batch(self.id, params=fresh[start : start + 100])
+        logged = self.client.get_run(self.id).data.params
+        new = [Param(key, str(value)) for key, value in flatten(params) if key not in logged]
+        for start in range(0, len(new), 100):
+            self.client.log_batch(self.id, params=new[start : start + 100])
 
     def log_points(self, points: list[Point]) -> None:
-        """Log each step that was not logged before: a process that was killed may have come this far already."""
+        """Log each step that was not logged before: a process that was killed may have logged some of them."""
         from mlflow.entities import Metric
 
         if self._logged is None:
@@ -67,42 +68,43 @@ class Run:
             if point["step"] in logged:
                 continue
             logged.add(point["step"])
-            made = [
+            metrics = [
                 Metric(name, value, int(point["time"] * 1000), point["step"])
                 for name, value in point["metrics"].items()
                 if math.isfinite(value)
             ]
-            if len(batch) + len(made) > METRICS_A_CALL:
+            if len(batch) + len(metrics) > METRICS_PER_CALL:
                 self._send(batch)
                 batch = []
-            batch += made  # a step is never split between calls, each of which is one transaction
+            batch += metrics  # each call is one transaction, so a step is never split between calls
         if batch:
             self._send(batch)
 
     def _send(self, batch: "list[Metric]") -> None:
-        logged, self._logged = self._logged, None  # if this fails, only the server knows what it has
+        logged, self._logged = self._logged, None  # if this call fails, only the server knows what it has stored
         self.client.log_batch(self.id, metrics=batch)
         self._logged = logged
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Single values; a value that was logged before is not logged again."""
-        known = self.client.get_run(self.id).data.metrics
+        """Log single values; a metric that was logged before keeps its value."""
+        logged = self.client.get_run(self.id).data.metrics
         for name, value in metrics.items():
-            if name not in known:
+            if name not in logged:
                 self.client.log_metric(self.id, name, value)
 
     def history(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of every logged point, by step."""
+        """Return (step, value) of every logged point of a metric, ordered by step."""
         return sorted((m.step, m.value) for m in self.client.get_metric_history(self.id, metric))
 
     def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
+        """Log a dataset as the run's input. `profile`: plain JSON that describes it, such as its counts."""
         from mlflow.entities import Dataset, DatasetInput
 
         dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
         self.client.log_inputs(self.id, [DatasetInput(dataset)])
 
     def log_loss_curve(self) -> None:
-        """A plot of training and held-out loss, as the artifact loss.png."""
+        """Log a plot of training and held-out loss as the artifact loss.png."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -115,29 +117,31 @@ class Run:
         axes.legend()
         self.client.log_figure(self.id, figure, "loss.png")
 
-    def log_context_losses(self, losses: list[dict[str, Any]], scale: Mapping[str, float]) -> None:
-        """Loss by tokens read since a reset, as context.json and a plot, context.png.
+    def log_context_losses(self, losses: list[dict[str, Any]], baselines: Mapping[str, float]) -> None:
+        """Log the loss by context length as the artifacts context.json and context.png, a plot.
 
-        losses: by distance, with `last` (the last distance of those that `nats` is the mean of) and `error`.
-        scale: names of losses that do not depend on it.
+        losses: one for each range of context lengths, with its mean loss `nats`, its standard error `error`, and
+        `last`, the longest context of the range, in tokens. baselines: losses in nats per token to compare with, by
+        name.
         """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        read, nats = [loss["last"] for loss in losses], [loss["nats"] for loss in losses]
-        axes.errorbar(read, nats, [loss["error"] or 0 for loss in losses], marker="o", capsize=3, label="model")
-        for number, (name, value) in enumerate(scale.items(), 1):
+        lengths, nats = [loss["last"] for loss in losses], [loss["nats"] for loss in losses]
+        axes.errorbar(lengths, nats, [loss["error"] or 0 for loss in losses], marker="o", capsize=3, label="model")
+        for number, (name, value) in enumerate(baselines.items(), 1):
             axes.axhline(value, color=f"C{number}", linestyle="--", label=name)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="tokens read since a reset (up to)", ylabel="nats per token")
+        axes.set(xlabel="context length in tokens (up to)", ylabel="nats per token")
         axes.grid(alpha=0.3)
         axes.legend()
         self.client.log_figure(self.id, figure, "context.png")
-        self.client.log_dict(self.id, {"losses": losses, **scale}, "context.json")
+        self.client.log_dict(self.id, {"losses": losses, **baselines}, "context.json")
 
     def watch_system(self) -> Callable[[], None]:
-        """Log this machine's metrics until what is returned is called, and then once more: a short run has some too."""
+        """Log metrics of this machine until the returned function is called, which logs them once more, so that a short
+        run has some too."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = SystemMetricsMonitor(self.id, resume_logging=True)
@@ -152,58 +156,61 @@ class Run:
         return stop
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run."""
         for name, value in tags.items():
             self.client.set_tag(self.id, name, value)
 
     def finish(self, status: str = "FINISHED") -> None:
+        """Set the run's final status."""
         self.client.set_terminated(self.id, status)
 
 
 def open_run(experiment: str, key: str, name: str, parent: str | None = None) -> Run:
-    """The run with this key in the experiment, made if there is none; it is RUNNING afterwards.
+    """Return the experiment's run with this key, created if there is none; its status is RUNNING afterwards.
 
-    The key is a tag that is written with the run, so that no crash can leave a run that is not found again.
+    The key is a tag that is written together with the run, so a crash cannot leave a run without its key.
     """
     from mlflow import MlflowClient
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
     client = MlflowClient()
     experiment_id = _experiment_id(client, experiment)
-    if run_id := _first_with(client, experiment_id, key):
+    if run_id := _first_run(client, experiment_id, key):
         client.update_run(run_id, status="RUNNING")
         return Run(client, run_id, experiment_id)
     tags = {KEY_TAG: key, MLFLOW_RUN_NAME: name} | ({MLFLOW_PARENT_RUN_ID: parent} if parent else {})
-    made = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+    created = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
     time.sleep(SETTLE_SECONDS)
-    first = _first_with(client, experiment_id, key) or made
-    if first != made:  # another process looked at the same moment, and found none either
-        client.delete_run(made)
+    first = _first_run(client, experiment_id, key) or created
+    if first != created:  # another process searched at the same moment, found none either, and created one
+        client.delete_run(created)
     return Run(client, first, experiment_id)
 
 
-def _first_with(client: "MlflowClient", experiment_id: str, key: str) -> str | None:
-    wanted, order = f"tags.`{KEY_TAG}` = '{key}'", ["attributes.start_time ASC", "attributes.run_id ASC"]
-    found = client.search_runs([experiment_id], wanted, max_results=1, order_by=order)
-    return found[0].info.run_id if found else None
+def _first_run(client: "MlflowClient", experiment_id: str, key: str) -> str | None:
+    """Return the id of the oldest run with this key; None if there is none."""
+    query, order = f"tags.`{KEY_TAG}` = '{key}'", ["attributes.start_time ASC", "attributes.run_id ASC"]
+    runs = client.search_runs([experiment_id], query, max_results=1, order_by=order)
+    return runs[0].info.run_id if runs else None
 
 
 def is_finished(experiment: str, key: str) -> bool:
-    """Whether the experiment has a run with this key that is FINISHED."""
+    """Return whether the experiment has a run with this key whose status is FINISHED."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    wanted = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
-    return bool(client.search_runs([_experiment_id(client, experiment)], wanted, max_results=1))
+    query = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
+    return bool(client.search_runs([_experiment_id(client, experiment)], query, max_results=1))
 
 
 def open_metrics(uri: str, run_id: str) -> Run:
-    """A run of the server at `uri`, for metrics that are logged again later if it does not answer."""
+    """Return a run of the server at `uri`, for metrics that the caller logs again if the server does not answer."""
     connect_impatiently(uri)
     return find_run(run_id)
 
 
 def connect_impatiently(uri: str) -> None:
-    """Have this process use the server at `uri`, which is given up after seconds, not MLflow's minutes."""
+    """Make this process use the server at `uri`, with timeouts of seconds instead of MLflow's minutes."""
     import mlflow
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -212,7 +219,7 @@ def connect_impatiently(uri: str) -> None:
 
 
 def unreachable() -> str | None:
-    """Why the server does not answer; None if it does."""
+    """Return why the server does not answer; None if it answers."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -224,6 +231,7 @@ def unreachable() -> str | None:
 
 
 def find_run(run_id: str) -> Run:
+    """Return the run with this id. Raises MlflowException if there is none."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -232,12 +240,13 @@ def find_run(run_id: str) -> Run:
 
 @contextmanager
 def stage_run(experiment: str, key: str, name: str, parent: str | None = None) -> Iterator[Run]:
-    """`open_run`, finished with the block: FINISHED, KILLED if it was stopped in order, FAILED if it raised."""
+    """Open a run, as `open_run` does, and end it with the block: FINISHED, KILLED on Stopped, FAILED on any other
+    exception."""
     run = open_run(experiment, key, name, parent)
     try:
         yield run
     except Stopped:
-        with suppress(Exception):  # an MLflow that is down does not undo that it stopped in order
+        with suppress(Exception):  # the stop is orderly even if MLflow does not answer
             run.finish("KILLED")
         raise
     except BaseException:
@@ -254,7 +263,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
         return experiment.experiment_id
     try:
         return client.create_experiment(name, tags=MODEL_TRAINING)
-    except MlflowException:  # another process was faster
+    except MlflowException:  # another process created it at the same moment
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             raise
@@ -262,6 +271,7 @@ def _experiment_id(client: "MlflowClient", name: str) -> str:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested tables under dotted names."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")

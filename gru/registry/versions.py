@@ -1,8 +1,7 @@
-"""The model bundle, and the registry that names its versions: register, gate, promote, roll back, resolve.
+"""Versions of a model in MLflow's registry: register, promote, roll back, resolve, download.
 
-A bundle is a directory: weights.safetensors, config.json, tokenizer.json, lineage.json, and digests.json, written
-last. A registered version is a bundle with its scores as tags; `@champion` is the one that is served, and
-`@challenger` the newest that did not beat it.
+A registered version is a bundle with its score as tags. `@champion` is the version that is served, `@challenger` the
+newest one that did not beat it.
 """
 
 import math
@@ -21,34 +20,39 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-PYFUNC_REQUIREMENTS = ["gigatoken", "numpy", "pydantic", "safetensors", "tokenizers", "torch"]  # and this package
-PREVIOUS_TAG = "previous_champion"  # on a champion: the version that it took the alias from
+PYFUNC_REQUIREMENTS = ["gigatoken", "numpy", "pydantic", "safetensors", "tokenizers", "torch"]  # besides this package
+PREVIOUS_TAG = "previous_champion"  # on a champion: the version that had the alias before
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version; `created` is in seconds since the epoch."""
+    """A registered version of a model."""
 
     name: str
     version: str
     run_id: str
     bits_per_byte: float
-    heldout: str  # digest of the text that bits_per_byte was measured on
+    heldout: str
+    """Digest of the held-out text that bits_per_byte was measured on."""
     bundle: str
+    """Digest of the bundle."""
     created: int
+    """Seconds since the epoch."""
     previous: str | None
+    """The champion before this version became it."""
 
 
 def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldout: str) -> Version:
-    """Log the bundle as a model of the run and register it; a bundle that was registered before is not again."""
+    """Log the bundle as a model of the run and register it. Return the existing version if the bundle is registered
+    already with a score on the same held-out text."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
     client = run.client
     digest = load_bundle(bundle_path).digest
-    for found in client.search_model_versions(f"name = '{name}'"):
-        if found.tags.get("bundle") == digest and found.tags.get("heldout") == heldout:
-            return _version(found)
+    for entity in client.search_model_versions(f"name = '{name}'"):
+        if entity.tags.get("bundle") == digest and entity.tags.get("heldout") == heldout:
+            return _version(entity)
     with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
         local = Path(temporary) / "bundle"
         local.mkdir()
@@ -72,10 +76,10 @@ def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldou
 
 
 def promote(candidate: Version, score_champion: Callable[[Version], float]) -> tuple[bool, str]:
-    """Make the candidate the champion if it beats the present one in bits per byte on the same held-out text, else
-    the challenger. `score_champion` measures a champion whose score is on other text.
+    """Make the candidate the champion if its bits per byte are lower than the current champion's on the same held-out
+    text, else the challenger. `score_champion` scores a champion whose recorded score is on other text.
 
-    Returns whether the candidate is the champion, and why, in words.
+    Return whether the candidate is the champion now, and the reason, for people.
     """
     from mlflow import MlflowClient
 
@@ -85,12 +89,12 @@ def promote(candidate: Version, score_champion: Callable[[Version], float]) -> t
     if champion is None:
         reason = "the first version"
     elif champion.version == candidate.version:
-        return True, "the champion already"
+        return True, "already the champion"
     else:
         same_text = champion.heldout == candidate.heldout
         score = champion.bits_per_byte if same_text else score_champion(champion)
         reason = f"{candidate.bits_per_byte:.4f} bits per byte, version {champion.version} has {score:.4f}"
-    if not candidate.bits_per_byte < score:  # so that a score that is not a number never wins
+    if not candidate.bits_per_byte < score:  # written so that NaN never wins
         client.set_registered_model_alias(candidate.name, CHALLENGER, candidate.version)
         return False, reason
     if champion:
@@ -103,29 +107,31 @@ def promote(candidate: Version, score_champion: Callable[[Version], float]) -> t
 
 
 def rollback(name: str) -> Version:
-    """Give `@champion` back to the version that had it before. Raises UserError if there is none."""
+    """Move `@champion` back to the version that had it before. Raises UserError if there is none."""
     from mlflow import MlflowClient
 
     champion = resolve(name, CHAMPION)
     if champion is None:
         raise UserError(f"model {name!r} has no @{CHAMPION}")
     if champion.previous is None:
-        raise UserError(f"model {name!r}: version {champion.version} is the first champion: nothing to go back to")
+        raise UserError(
+            f"model {name!r}: version {champion.version} is the first champion: there is no version to roll back to"
+        )
     client = MlflowClient()
     client.set_registered_model_alias(name, CHAMPION, champion.previous)
     return _version(client.get_model_version(name, champion.previous))
 
 
 def exists(name: str, version: str, bundle: str) -> bool:
-    """Whether the registry has this version, made of the bundle with this digest."""
+    """Return whether the registry has this version, with the bundle of this digest."""
     from mlflow import MlflowClient
 
-    found = MlflowClient().search_model_versions(f"name = '{name}'")
-    return any(str(v.version) == version and v.tags.get("bundle") == bundle for v in found)
+    entities = MlflowClient().search_model_versions(f"name = '{name}'")
+    return any(str(entity.version) == version and entity.tags.get("bundle") == bundle for entity in entities)
 
 
 def resolve(name: str, alias: str) -> Version | None:
-    """The version that an alias of a registered model names; None if model or alias do not exist."""
+    """Return the version with this alias; None if the model or the alias does not exist."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -138,7 +144,7 @@ def resolve(name: str, alias: str) -> Version | None:
 
 
 def find(spec: str) -> Version:
-    """The version that NAME, NAME@ALIAS or NAME:VERSION names; NAME is its champion. Raises UserError."""
+    """Return the version that `spec` names: NAME (its champion), NAME@ALIAS or NAME:VERSION. Raises UserError."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -149,10 +155,10 @@ def find(spec: str) -> Version:
         except MlflowException as error:
             raise UserError(f"{spec}: {error.message}") from None
     name, _, alias = spec.partition("@")
-    found = resolve(name, alias or CHAMPION)
-    if found is None:
+    resolved = resolve(name, alias or CHAMPION)
+    if resolved is None:
         raise UserError(f"{spec}: no version of a model {name!r} is @{alias or CHAMPION}")
-    return found
+    return resolved
 
 
 def fetch_bundle(version: Version, directory: Path) -> Bundle:
@@ -161,7 +167,7 @@ def fetch_bundle(version: Version, directory: Path) -> Bundle:
 
 
 def download_bundle(version: Version, directory: Path) -> Path:
-    """Where it lies afterwards, below a local directory."""
+    """Download a version's bundle into a local directory and return the path of the bundle below it."""
     import mlflow
 
     uri = f"models:/{version.name}/{version.version}"

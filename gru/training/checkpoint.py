@@ -33,6 +33,13 @@ class Checkpoint:
 
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    path: str | None = None
+    """The directory that it was loaded from."""
+
+    @property
+    def average(self) -> dict[str, Tensor]:
+        """The averaged weights, which are served."""
+        return self.tensors["ema"]
 
     @property
     def step(self) -> int:
@@ -72,7 +79,7 @@ def load(path: str) -> Checkpoint:
         for name, data in files.items()
         if name.endswith(".safetensors")
     }
-    return Checkpoint(tensors, json.loads(files[STATE]))
+    return Checkpoint(tensors, json.loads(files[STATE]), path)
 
 
 def new_name(step: int) -> str:

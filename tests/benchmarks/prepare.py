@@ -1,9 +1,9 @@
-"""Corpus preparation against what people use today: both sides in one run, on this machine, as ratios.
+"""Corpus preparation compared with datasets and datatrove: all measured in one run on this machine, as ratios.
 
 python -m tests.benchmarks.prepare [--poems poems.jsonl.zst] [--megabytes 600] [--gigabytes 1 10] [--only ...]
 
-The others work through a part of the corpus, since they would need minutes for all of it; rates are per byte of text.
-All sides have two processes, a trained tokenizer, and write Parquet (datatrove: its own format) to the same disk.
+The other libraries process a part of the corpus, because all of it would take minutes; rates are per byte of text.
+Each side has two processes and a trained tokenizer, and writes Parquet (datatrove: its own format) to the same disk.
 """
 
 import argparse
@@ -35,28 +35,29 @@ PARTS = ["rates", "training", "lanes", "memory"]
 
 
 def source_tree(folder: Path, megabytes: int) -> CorpusConfig:
-    """Copies of this interpreter's Python source code, each file with a first line of its own."""
+    """Write copies of this interpreter's Python source code to a folder, each file with a unique first line."""
     roots = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
     files = [path for root in roots for path in sorted(root.rglob("*.py")) if path.stat().st_size < 1 << 20]
-    left, copy = megabytes * 1_000_000, 0
-    while left > 0:
+    remaining, copy = megabytes * 1_000_000, 0
+    while remaining > 0:
         target = folder / f"copy{copy}"
         for number, path in enumerate(files):
             try:
                 data = f"# {copy} {number}\n".encode() + path.read_text().encode()
             except UnicodeDecodeError:
                 continue
-            place = target / f"{number // 500}" / f"{number}.py"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(data)
-            left -= len(data)
-            if left <= 0:
+            file = target / f"{number // 500}" / f"{number}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+            remaining -= len(data)
+            if remaining <= 0:
                 break
         copy += 1
     return CorpusConfig(sources=[str(folder)], include=["*.py"])
 
 
 def texts_of(corpus: CorpusConfig, size: float = float("inf")) -> Iterator[str]:
+    """Yield the first documents of a corpus, until they have `size` bytes."""
     for partition in sources.plan(sources.list_files(corpus), corpus):
         for span in partition:
             for text in documents(span, corpus, Report()):
@@ -66,41 +67,43 @@ def texts_of(corpus: CorpusConfig, size: float = float("inf")) -> Iterator[str]:
                     return
 
 
-def timed(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
+    """Return how long a call takes, in seconds."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
 
 
 def rates(name: str, corpus: CorpusConfig, folder: Path) -> None:
+    """Compare the rate of preparing a corpus with that of the tokenizer alone and of other libraries."""
     texts = list(texts_of(corpus))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    made = tokenizer.train_tokenizer(TokenizerConfig(vocab_size=8192), texts_of(corpus, SAMPLE_BYTES))
+    trained = tokenizer.train_tokenizer(TokenizerConfig(vocab_size=8192), texts_of(corpus, SAMPLE_BYTES))
     path = folder / "tokenizer.json"
-    path.write_bytes(made.json)
+    path.write_bytes(trained.json)
     config = TokenizerConfig(path=str(path))
-    made.encode("")  # loads
-    alone = megabytes / timed(lambda: made.encode_batch(texts, parallel=True))
+    trained.encode("")  # loads the tokenizer
+    alone = megabytes / seconds_of(lambda: trained.encode_batch(texts, parallel=True))
     target = folder / "ours"
-    ours = megabytes / timed(lambda: prepare(corpus, config, str(target), lambda _: None))
+    ours = megabytes / seconds_of(lambda: prepare(corpus, config, str(target), lambda _: None))
     show(f"{name}: {megabytes:,.0f} MB to shards", "ours MB/s", ours, "gigatoken alone in memory", alone, 2)
 
-    few: list[str] = []
+    sample: list[str] = []
     size = 0
-    while size < OTHERS_BYTES and len(few) < len(texts):
-        few.append(texts[len(few) * 7919 % len(texts)])
-        size += len(few[-1].encode())
-    lines = folder / "few"
+    while size < OTHERS_BYTES and len(sample) < len(texts):
+        sample.append(texts[len(sample) * 7919 % len(texts)])
+        size += len(sample[-1].encode())
+    lines = folder / "sample"
     lines.mkdir()
     for half in range(2):
         with (lines / f"{half}.jsonl").open("w") as file:
-            file.writelines(json.dumps({"text": text, "id": str(i)}) + "\n" for i, text in enumerate(few[half::2]))
-    show("", "ours", ours, "datasets.map", size / 1e6 / timed(lambda: with_datasets(lines, path, folder)))
-    show("", "ours", ours, "datatrove", size / 1e6 / timed(lambda: with_datatrove(lines, path, folder)))
+            file.writelines(json.dumps({"text": text, "id": str(i)}) + "\n" for i, text in enumerate(sample[half::2]))
+    show("", "ours", ours, "datasets.map", size / 1e6 / seconds_of(lambda: with_datasets(lines, path, folder)))
+    show("", "ours", ours, "datatrove", size / 1e6 / seconds_of(lambda: with_datatrove(lines, path, folder)))
 
 
 def with_datasets(lines: Path, tokenizer_file: Path, folder: Path) -> None:
-    """In a process of its own: it forks, which one with Ray's threads should not."""
+    """Tokenize with datasets.map, in a separate process: it forks, and this process has threads of Ray."""
     script = """
 import sys, datasets, tokenizers
 datasets.disable_progress_bars()
@@ -115,6 +118,7 @@ rows.map(encode, batched=True, num_proc=2, remove_columns=rows.column_names).to_
 
 
 def with_datatrove(lines: Path, tokenizer_file: Path, folder: Path) -> None:
+    """Tokenize with datatrove, in separate processes."""
     script = """
 import sys
 from datatrove.executor import LocalPipelineExecutor
@@ -131,22 +135,25 @@ if __name__ == "__main__":
 
 
 def run(script: str | None, *arguments: Path, file: Path | None = None) -> None:
+    """Run a Python script, from a string or a file. Exit with its error output if it fails."""
     program = ["-c", script] if script else [str(file)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, *program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{' '.join(command[:3])}\n{done.stderr}")
+    process = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if process.returncode:
+        sys.exit(f"{' '.join(command[:3])}\n{process.stderr}")
 
 
-def training(name: str, corpus: CorpusConfig) -> None:
+def tokenizer_training(name: str, corpus: CorpusConfig) -> None:
+    """Measure how long the training of a tokenizer takes."""
     texts = list(texts_of(corpus, SAMPLE_BYTES))
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    seconds = timed(lambda: tokenizer.train_tokenizer(TokenizerConfig(vocab_size=8192), texts))
+    seconds = seconds_of(lambda: tokenizer.train_tokenizer(TokenizerConfig(vocab_size=8192), texts))
     print(f"{name}: BPE of 8,192 on {megabytes:.0f} MB: {seconds:.1f} s", flush=True)
 
 
-def lanes(corpus: CorpusConfig, folder: Path) -> None:
+def batches(corpus: CorpusConfig, folder: Path) -> None:
+    """Measure the rate at which batches are read from a dataset."""
     dataset = prepare(corpus, TokenizerConfig(kind="byte"), str(folder / "lanes"), lambda _: None)
     segments = dataset.segments("train")
     order = LaneOrder([segment.tokens for segment in segments], seed=0, lanes=32, sequence_length=64)
@@ -155,26 +162,26 @@ def lanes(corpus: CorpusConfig, folder: Path) -> None:
         order, lambda i: dataset.read_segment(segments[i]), dataset.manifest.end_of_text, range(32)
     ) as reader:
         cpu = time.process_time()
-        seconds = timed(lambda: [reader.batch(step) for step in range(steps)])
+        seconds = seconds_of(lambda: [reader.batch(step) for step in range(steps)])
         cpu = time.process_time() - cpu
     tokens = steps * 32 * 64 / 1e6
     print(
-        f"lanes: 32 x 64 of {dataset.manifest.counts.tokens / 1e6:,.0f} M tokens: {tokens / seconds:.1f} M tokens/s, "
-        f"{tokens / cpu:.1f} M tokens a second of one core",
+        f"batches: 32 x 64 of {dataset.manifest.counts.tokens / 1e6:,.0f} M tokens: {tokens / seconds:.1f} M tokens/s, "
+        f"{tokens / cpu:.1f} M tokens per second of one core",
         flush=True,
     )
 
 
 def memory(gigabytes: list[float], folder: Path) -> None:
-    """The largest process while a corpus of each size is prepared from the command line."""
+    """Measure the memory of the largest processes while corpora of these sizes are prepared from the command line."""
     texts = "".join(texts_of(CorpusConfig(sources=["python-stdlib"])))
     for size in gigabytes:
         corpus = folder / f"{size}.jsonl"
         with corpus.open("w") as file:
-            left, number = size * 1e9, 0
-            while left > 0:
+            remaining, number = size * 1e9, 0
+            while remaining > 0:
                 start = number * 7919 % (len(texts) - 4000)
-                left -= file.write(json.dumps({"text": f"{number} {texts[start : start + 4000]}"}) + "\n")
+                remaining -= file.write(json.dumps({"text": f"{number} {texts[start : start + 4000]}"}) + "\n")
                 number += 1
         config = {
             "storage": str(folder / "store"),
@@ -188,7 +195,7 @@ def memory(gigabytes: list[float], folder: Path) -> None:
             text=True,
         )
         peaks: dict[str, int] = {}
-        watcher = threading.Thread(target=watch, args=(process.pid, peaks))
+        watcher = threading.Thread(target=record_peaks, args=(process.pid, peaks))
         watcher.start()
         out, _ = process.communicate()
         watcher.join()
@@ -198,7 +205,8 @@ def memory(gigabytes: list[float], folder: Path) -> None:
         corpus.unlink()
 
 
-def watch(pid: int, peaks: dict[str, int]) -> None:
+def record_peaks(pid: int, peaks: dict[str, int]) -> None:
+    """Record the peak memory in bytes of a process and its children, by process name, until the process ends."""
     try:
         parent = psutil.Process(pid)
         while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
@@ -215,11 +223,13 @@ def watch(pid: int, peaks: dict[str, int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--poems", type=Path, help="JSON Lines with title, author and text, for the second corpus")
-    parser.add_argument("--megabytes", type=int, default=600, help="of source code")
-    parser.add_argument("--gigabytes", type=float, nargs="*", default=[1, 10], help="corpora to measure memory with")
-    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--poems", type=Path, help="JSON Lines file with title, author and text: the second corpus")
+    parser.add_argument("--megabytes", type=int, default=600, help="size of the source code corpus")
+    parser.add_argument(
+        "--gigabytes", type=float, nargs="*", default=[1, 10], help="sizes of the corpora to measure memory with"
+    )
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="parts to run")
     arguments = parser.parse_args()
     entry.quiet_libraries()
     import ray
@@ -232,7 +242,7 @@ def main() -> None:
         if arguments.poems:
             corpora["poems"] = CorpusConfig(sources=[str(arguments.poems.absolute())], template=TEMPLATE)
         else:
-            print("without the second corpus: no --poems given")
+            print("skipping the second corpus: --poems is not given")
         if "rates" in arguments.only or "lanes" in arguments.only:
             ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
             for title, corpus in corpora.items():
@@ -240,11 +250,11 @@ def main() -> None:
                     (folder / title).mkdir()
                     rates(title, corpus, folder / title)
             if "lanes" in arguments.only:
-                lanes(corpora["source code"], folder)
+                batches(corpora["source code"], folder)
             ray.shutdown()
         if "training" in arguments.only:
             for title, corpus in corpora.items():
-                training(title, corpus)
+                tokenizer_training(title, corpus)
         if "memory" in arguments.only:
             memory(arguments.gigabytes, folder)
 

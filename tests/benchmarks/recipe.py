@@ -1,9 +1,9 @@
-"""What each part of the recipe gives: held-out loss after equal steps, with one thing changed at a time.
+"""An ablation of the training recipe: the held-out loss after the same number of steps, with one change at a time.
 
 python -m tests.benchmarks.recipe CONFIG DATASET [--set K=V ...] [--seeds N] [--only NAME ...]
 
-DATASET is the directory that `jobs.prepare` names in its result, of CONFIG. Each training has one thread, and as many
-run side by side as there are cores: what is compared does not depend on time.
+DATASET is the dataset directory of CONFIG, which the result of `jobs.prepare` names. Each training has one thread, and
+one runs on each core: the losses do not depend on speed.
 T time, B lanes, E embedding.
 """
 
@@ -32,16 +32,18 @@ from gru.training.worker_loop import heldout_tokens
 
 @dataclass(frozen=True)
 class Variant:
-    """What differs from the configuration: keys of it, the model once it is made, its class, or the order of text."""
+    """A change to the recipe: to the configuration, the built model, the model's class, or the order of text."""
 
     overrides: tuple[str, ...] = ()
     alter: Callable[[GRULanguageModel], None] = lambda model: None
     build: type[GRULanguageModel] = GRULanguageModel
     order: type[LaneOrder] = LaneOrder
+    batch_scale: float = 1
+    """Factor of the batch size; the sequence length is divided by it."""
 
 
 class Untied(GRULanguageModel):
-    """The output layer has weights of its own."""
+    """A model whose output layer does not share the embedding's weights."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -57,7 +59,7 @@ class Untied(GRULanguageModel):
 
 
 class Resetting(GRULanguageModel):
-    """The state is zero again wherever a document begins: after an end of text, the last id of the vocabulary."""
+    """A model whose state is reset at the start of each document, which follows the last id of the vocabulary."""
 
     def features(self, tokens_TB: Tensor, state_LBH: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ends_TB = tokens_TB == self.vocab_size - 1
@@ -71,7 +73,7 @@ class Resetting(GRULanguageModel):
 
 
 class Shifted(LaneOrder):
-    """Each epoch begins at another place, and goes round."""
+    """An order in which each epoch starts at another position and wraps around."""
 
     def slices(self, epoch: int, lane: int, start: int, stop: int) -> list[tuple[int, int, int]]:
         total = self.stretch * self.lanes
@@ -82,7 +84,7 @@ class Shifted(LaneOrder):
 
 
 class WeightDropped(nn.GRU):
-    """A share of the recurrent matrix is left out in training (Merity et al. 2017, arXiv:1708.02182)."""
+    """A GRU with dropout on its recurrent matrix (Merity et al. 2017, arXiv:1708.02182)."""
 
     share = 0.2
 
@@ -94,7 +96,7 @@ class WeightDropped(nn.GRU):
 
 def without_residual(model: GRULanguageModel) -> None:
     for block in model.blocks:
-        block.register_forward_hook(lambda block, given, made: (made[0] - given[0], made[1]))
+        block.register_forward_hook(lambda block, inputs, outputs: (outputs[0] - inputs[0], outputs[1]))
 
 
 def without_norm(model: GRULanguageModel) -> None:
@@ -106,13 +108,13 @@ def update_gate_bias(value: float) -> Callable[[GRULanguageModel], None]:
     def alter(model: GRULanguageModel) -> None:
         for block in model.blocks:
             with torch.no_grad():
-                block.gru.gru.bias_ih_l0.chunk(3)[1].fill_(value)
+                block.cell.gru.bias_ih_l0.chunk(3)[1].fill_(value)
 
     return alter
 
 
 def dropout_of_each_token(share: float) -> Callable[[GRULanguageModel], None]:
-    def drop(module: nn.Module, given: Any, x_TBE: Tensor) -> Tensor:
+    def drop(module: nn.Module, inputs: Any, x_TBE: Tensor) -> Tensor:
         return F.dropout(x_TBE, share, module.training)
 
     def alter(model: GRULanguageModel) -> None:
@@ -124,15 +126,15 @@ def dropout_of_each_token(share: float) -> Callable[[GRULanguageModel], None]:
 
 def weight_drop(model: GRULanguageModel) -> None:
     for block in model.blocks:
-        block.gru.gru.__class__ = WeightDropped
+        block.cell.gru.__class__ = WeightDropped
 
 
 def embedding_dropout(share: float) -> Callable[[GRULanguageModel], None]:
-    """Of a share of the vocabulary, all occurrences in a window (Gal & Ghahramani 2016, arXiv:1512.05287)."""
+    """Drop all occurrences, within a batch, of a share of the vocabulary (Gal & Ghahramani 2016, arXiv:1512.05287)."""
 
-    def drop(module: nn.Module, given: Any, x_TBE: Tensor) -> Tensor:
-        kept_V1 = F.dropout(torch.ones(module.num_embeddings, 1), share, module.training)
-        return x_TBE * kept_V1[given[0]]
+    def drop(module: nn.Module, inputs: Any, x_TBE: Tensor) -> Tensor:
+        mask_V1 = F.dropout(torch.ones(module.num_embeddings, 1), share, module.training)
+        return x_TBE * mask_V1[inputs[0]]
 
     return lambda model: model.embedding.register_forward_hook(drop) and None
 
@@ -149,45 +151,42 @@ VARIANTS = {
     "dropout 0.15 drawn for each token": Variant(("model.dropout=0.0",), dropout_of_each_token(0.15)),
     "weight drop 0.2": Variant(alter=weight_drop),
     "embedding dropout 0.1": Variant(alter=embedding_dropout(0.1)),
-    "half the lanes, twice the window": Variant(("lanes / 2",)),
-    "twice the lanes, half the window": Variant(("lanes * 2",)),
+    "half the batch size, twice the sequence length": Variant(batch_scale=0.5),
+    "twice the batch size, half the sequence length": Variant(batch_scale=2),
     "weight decay 0.05": Variant(("train.weight_decay=0.05",)),
     "learning rate 4e-3": Variant(("train.learning_rate=4e-3",)),
     "beta2 0.999": Variant(("train.beta2=0.999",)),
     "constant learning rate": Variant(("train.final_learning_rate=1.0",)),
     "no moving average": Variant(("train.ema_decay=0.0",)),
-    "another beginning for each epoch": Variant(order=Shifted),
+    "each epoch starts at another position": Variant(order=Shifted),
     "state reset at document starts": Variant(build=Resetting),
 }
 
 
-def configured(variant: Variant, config: PipelineConfig, seed: int) -> PipelineConfig:
-    overrides = [override for override in variant.overrides if "=" in override]
-    train = config.train
-    for override in set(variant.overrides) - set(overrides):
-        lanes, window = (2, 0.5) if override == "lanes * 2" else (0.5, 2)
-        overrides += [
-            f"train.batch_size={int(train.batch_size * lanes)}",
-            f"train.sequence_length={int(train.sequence_length * window)}",
-        ]
-    return changed(config, [*overrides, f"train.seed={seed}"], "variant ")
+def apply_overrides(variant: Variant, config: PipelineConfig, seed: int) -> PipelineConfig:
+    """Return the configuration with a variant's overrides and a seed."""
+    sizes = [
+        f"train.batch_size={int(config.train.batch_size * variant.batch_scale)}",
+        f"train.sequence_length={int(config.train.sequence_length / variant.batch_scale)}",
+    ]
+    return changed(config, [*variant.overrides, *sizes, f"train.seed={seed}"], "variant ")
 
 
-def trained(name: str, config: PipelineConfig, dataset: str, seed: int) -> float:
-    """Held-out loss at the end, in nats per token."""
+def train_variant(name: str, config: PipelineConfig, dataset: str, seed: int) -> float:
+    """Train a variant and return its held-out loss, in nats per token."""
     torch.set_num_threads(1)
-    variant, opened = VARIANTS[name], open_dataset(dataset)
-    manifest, config = opened.manifest, configured(variant, config, seed)
+    variant, data = VARIANTS[name], open_dataset(dataset)
+    manifest, config = data.manifest, apply_overrides(variant, config, seed)
 
     def build(model: ModelConfig, vocab_size: int, matmul_dtype: torch.dtype) -> GRULanguageModel:
-        made = variant.build(model, vocab_size, matmul_dtype)
-        variant.alter(made)
-        return made
+        built = variant.build(model, vocab_size, matmul_dtype)
+        variant.alter(built)
+        return built
 
     learner = Learner(config.model, config.train, manifest.vocab_size, manifest.end_of_text, build=build)
     learner.average.eval()
-    train(learner, opened, variant.order)
-    tokens = heldout_tokens(opened, opened.manifest.heldout.tokens)
+    train(learner, data, variant.order)
+    tokens = heldout_tokens(data, manifest.heldout.tokens)
     lanes = config.evaluate.batch_size
     return stream_loss(learner.average, stream_batches(tokens, lanes, 256, manifest.end_of_text), lanes) / len(tokens)
 
@@ -204,11 +203,18 @@ def train(learner: Learner, dataset: Dataset, build_order: type[LaneOrder]) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config")
-    parser.add_argument("dataset")
-    parser.add_argument("--set", metavar="K=V", action="append", default=[])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", metavar="NAME", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("config", metavar="CONFIG", help="TOML file")
+    parser.add_argument("dataset", metavar="DATASET", help="directory of its dataset")
+    parser.add_argument("--set", metavar="K=V", action="append", default=[], help="override a key of CONFIG")
+    parser.add_argument("--seeds", type=int, default=3, help="number of trainings of each variant")
+    parser.add_argument(
+        "--only",
+        metavar="NAME",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help=f"variants to train, instead of all: {', '.join(VARIANTS)}",
+    )
     arguments = parser.parse_args()
     config = load(arguments.config, arguments.set)
     print(f"| after {config.train.steps:,} steps | {' | '.join(f'seed {s}' for s in range(arguments.seeds))} | mean |")
@@ -216,16 +222,16 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn, max_tasks_per_child=1) as pool:
         losses = {
-            name: [pool.submit(trained, name, config, arguments.dataset, seed) for seed in range(arguments.seeds)]
+            name: [pool.submit(train_variant, name, config, arguments.dataset, seed) for seed in range(arguments.seeds)]
             for name in arguments.only
         }
         for name, pending in losses.items():
             try:
-                found = [each.result() for each in pending]
+                results = [future.result() for future in pending]
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # what is left would be computed for nothing
+                pool.shutdown(cancel_futures=True)  # the pending results are not needed
                 raise
-            columns = " | ".join(f"{loss:.4f}" for loss in [*found, statistics.mean(found)])
+            columns = " | ".join(f"{loss:.4f}" for loss in [*results, statistics.mean(results)])
             print(f"| {name} | {columns} |", flush=True)
 
 

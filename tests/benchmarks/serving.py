@@ -1,5 +1,5 @@
-"""How fast the endpoint is: the engine next to the matrix products that it cannot do without, and HTTP next to both the
-engine and a Serve app that has nothing to compute. Everything in one run, the clients included.
+"""Speed of the endpoint: the engine compared with its matrix products alone, and HTTP compared with the engine and with
+a Serve app that computes nothing. All run on this machine, the clients included.
 
 python -m tests.benchmarks.serving [--only engine http streams first]
 """
@@ -36,6 +36,7 @@ from gru.registry import tracking, versions
 from gru.registry.bundle import write_bundle
 from gru.serving import deployment
 from jobs import entry
+from tests.gru.registry.bundles import LINEAGE
 
 MODEL = ModelConfig(embedding=512, hidden=512, layers=2)
 VOCABULARY = 2048
@@ -47,22 +48,23 @@ TIMEOUT = aiohttp.ClientTimeout(total=900)
 
 
 def show(what: str, sides: str, ratio: float | None = None) -> None:
+    """Print the numbers of two or more sides, and a ratio."""
     print(f"{what:34} {sides}" + ("" if ratio is None else f": {ratio:.2f} x"), flush=True)
 
 
 def model() -> GRULanguageModel:
-    """One that never ends."""
+    """Return a model that never generates the end-of-text id."""
     torch.manual_seed(0)
-    made = GRULanguageModel(MODEL, VOCABULARY).eval().requires_grad_(False)
-    made.output_bias[END] = -100
-    return made
+    endless = GRULanguageModel(MODEL, VOCABULARY).eval().requires_grad_(False)
+    endless.output_bias[END] = -100
+    return endless
 
 
 # The engine alone
 
 
 def engine_rate(streams: int, tokens: int) -> float:
-    """Tokens/s of so many streams at a time, from the first step with all of them on."""
+    """Return the tokens/s of `streams` concurrent streams."""
     engine = Engine(inference_model(model()), END, streams, streams)
     collectors = [Collector() for _ in range(streams)]
     started = time.perf_counter()
@@ -77,7 +79,7 @@ def engine_rate(streams: int, tokens: int) -> float:
 
 
 def products_rate(streams: int) -> float:
-    """Tokens/s if a step were its matrix products alone."""
+    """Return the tokens/s of the matrix products of a step alone."""
     width, hidden = MODEL.embedding, MODEL.hidden
     x, h = torch.randn(streams, width), torch.randn(streams, hidden)
     matrices = [(torch.randn(width, 3 * hidden), torch.randn(hidden, 3 * hidden)) for _ in range(MODEL.layers)]
@@ -110,7 +112,7 @@ def engine() -> float:
 
 
 async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """The events of one streamed completion. Raises RuntimeError for any that is an error."""
+    """Yield the events of one streamed completion. Raises RuntimeError if one of them is an error."""
     async with session.post(f"{url}/v1/completions", json={**body, "stream": True}) as response:
         if response.status != 200:
             raise RuntimeError(f"{response.status}: {await response.text()}")
@@ -123,38 +125,41 @@ async def stream(session: aiohttp.ClientSession, url: str, body: dict[str, Any])
 
 
 def request(tokens: int, **fields: Any) -> dict[str, Any]:
+    """Return the body of a completion request."""
     return {"prompt": PROMPT, "max_tokens": tokens, "stream_options": {"include_usage": True}, **fields}
 
 
 async def throughput(url: str, streams: int, tokens: int) -> dict[str, float]:
+    """Measure the tokens/s of concurrent completions, and the mean number of tokens per event."""
+
     async def one(session: aiohttp.ClientSession) -> tuple[int, int]:
-        events = made = 0
+        events = tokens_received = 0
         async for event in stream(session, url, request(tokens)):
             events += 1
-            made += (event.get("usage") or {}).get("completion_tokens", 0)
-        return events, made
+            tokens_received += (event.get("usage") or {}).get("completion_tokens", 0)
+        return events, tokens_received
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=TIMEOUT) as session:
         started = time.perf_counter()
-        found = await asyncio.gather(*(one(session) for _ in range(streams)))
+        counts = await asyncio.gather(*(one(session) for _ in range(streams)))
         seconds = time.perf_counter() - started
-    events, made = (sum(column) for column in zip(*found, strict=True))
-    return {"tokens/s": made / seconds, "tokens an event": made / max(1, events)}
+    events, tokens_received = (sum(column) for column in zip(*counts, strict=True))
+    return {"tokens/s": tokens_received / seconds, "tokens per event": tokens_received / max(1, events)}
 
 
 async def open_streams(url: str, streams: int, tokens: int) -> dict[str, float]:
-    """All of them open at once: each goes on when the last has had its first token."""
-    begun, all_begun, failed = 0, asyncio.Event(), 0
+    """Open streams, and count how many of them start and fail, and whether all of them are open at the same time."""
+    started, all_started, failed = 0, asyncio.Event(), 0
 
     async def one(session: aiohttp.ClientSession) -> None:
-        nonlocal begun, failed
+        nonlocal started, failed
         counted = False
         try:
             async for _ in stream(session, url, request(tokens)):
                 if not counted:
-                    begun, counted = begun + 1, True
-                    if begun == streams:
-                        all_begun.set()
+                    started, counted = started + 1, True
+                    if started == streams:
+                        all_started.set()
             failed += not counted
         except Exception as error:
             failed += 1
@@ -162,12 +167,14 @@ async def open_streams(url: str, streams: int, tokens: int) -> dict[str, float]:
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=TIMEOUT) as session:
         await asyncio.gather(*(one(session) for _ in range(streams)))
-    return {"begun": begun, "failed": failed, "all at once": float(all_begun.is_set())}
+    return {"started": started, "failed": failed, "all at once": float(all_started.is_set())}
 
 
 async def first_tokens(url: str, clients: int, seconds: float, long_prompt: bool) -> dict[str, float]:
-    """Seconds to the first token of clients that ask again and again, with or without a prompt of 100,000 tokens being
-    read meanwhile."""
+    """Measure the seconds until the first token, for clients that send one request after another.
+
+    long_prompt: prompts of 100,000 tokens are read at the same time.
+    """
     times: list[float] = []
     until = time.perf_counter() + seconds
 
@@ -194,7 +201,7 @@ async def first_tokens(url: str, clients: int, seconds: float, long_prompt: bool
 
 
 def load(measure: Callable[..., Any], *arguments: Any) -> dict[str, float]:
-    """Run clients in a process of their own, as they would be."""
+    """Run clients in a separate process, as outside of a benchmark."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_load, (measure, arguments))
 
@@ -205,7 +212,7 @@ def _load(measure: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, 
 
 @contextmanager
 def registered() -> Iterator[str]:
-    """The address of an MLflow with the model as its champion, and a Ray to serve it on."""
+    """Start Ray, and register the model as champion in a new MLflow store. Yield the address of the store."""
     import mlflow
     import ray
 
@@ -218,9 +225,9 @@ def registered() -> Iterator[str]:
         corpus = CorpusConfig(sources=["python-stdlib"])
         [partition, *_] = sources.plan(sources.list_files(corpus), corpus)
         texts = [text for span in partition[:100] for text in documents(span, corpus, Report())]
-        made = tokenizer.train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=VOCABULARY), texts)
-        assert (made.vocab_size, made.end_of_text) == (VOCABULARY, END)
-        write_bundle(str(directory / "bundle"), MODEL, model().state_dict(), made, {})
+        trained = tokenizer.train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=VOCABULARY), texts)
+        assert (trained.vocab_size, trained.end_of_text) == (VOCABULARY, END)
+        write_bundle(str(directory / "bundle"), MODEL, model().state_dict(), trained, LINEAGE)
         run = tracking.open_run(NAME, "key", "promote")
         version = versions.register(run, NAME, str(directory / "bundle"), 2.0, "text")
         mlflow.MlflowClient().set_registered_model_alias(NAME, versions.CHAMPION, version.version)
@@ -236,16 +243,18 @@ def url_of(port: int) -> str:
 
 
 def serve(uri: str, port: int, slots: int) -> str:
+    """Deploy the model with `slots` slots per replica. Return the URL of the endpoint."""
     config = ServeConfig(port=port, slots=slots, max_queue=2 * slots, max_tokens_in_flight=1 << 30)
     deployment.deploy(config, ServeResources(), NAME, uri)
     url = url_of(port)
     deployment.wait_ready(url, "1", 120)
-    load(throughput, url, 8, 20)  # warm
+    load(throughput, url, 8, 20)  # warms up
     return url
 
 
-def serve_constant(tokens_an_event: int, pause: float = 0) -> str:
-    """An app that has nothing to compute: as many events as we would send, as fast as they go or so far apart."""
+def serve_constant(tokens_per_event: int, pause: float = 0) -> str:
+    """Deploy an app that computes nothing, and return its path. It sends as many events as the endpoint would, with a
+    pause in seconds after each."""
     from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
     from ray import serve
@@ -254,12 +263,12 @@ def serve_constant(tokens_an_event: int, pause: float = 0) -> str:
 
     @app.post("/v1/completions")
     async def completions(body: dict[str, Any]) -> StreamingResponse:
-        choice = {"index": 0, "text": "text " * tokens_an_event, "logprobs": None, "finish_reason": None}
+        choice = {"index": 0, "text": "text " * tokens_per_event, "logprobs": None, "finish_reason": None}
         event = f"data: {json.dumps({'id': 'cmpl-0', 'object': 'text_completion', 'choices': [choice]})}\n\n"
         usage = {"choices": [], "usage": {"completion_tokens": body["max_tokens"]}}
 
         async def events() -> AsyncIterator[str]:
-            for _ in range(body["max_tokens"] // tokens_an_event):
+            for _ in range(body["max_tokens"] // tokens_per_event):
                 yield event
                 await asyncio.sleep(pause)
             yield f"data: {json.dumps(usage)}\n\n"
@@ -274,22 +283,22 @@ def serve_constant(tokens_an_event: int, pause: float = 0) -> str:
 
 
 def replica_memory(app: str) -> float:
-    """MB of the process that serves."""
-    found = [p for p in psutil.process_iter(["cmdline"]) if f"ServeReplica:{app}:" in " ".join(p.info["cmdline"])]
-    return max(process.memory_info().rss for process in found) / 1e6
+    """Return the memory in MB of the replica's process."""
+    replicas = [p for p in psutil.process_iter(["cmdline"]) if f"ServeReplica:{app}:" in " ".join(p.info["cmdline"])]
+    return max(process.memory_info().rss for process in replicas) / 1e6
 
 
 def growth(app: str, url: str, streams: int, tokens: int) -> tuple[float, float]:
-    """How many streams failed, and by how many MB the replica grew."""
+    """Return how many of the open streams failed, and by how many MB the replica grew."""
     before = replica_memory(app)
-    found = load(open_streams, url, streams, tokens)
-    return found["failed"], replica_memory(app) - before
+    counts = load(open_streams, url, streams, tokens)
+    return counts["failed"], replica_memory(app) - before
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("engine", "http", "streams", "first")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run")
     only = parser.parse_args().only
     alone = engine() if {"engine", "http"} & set(only) else math.nan
     if set(only) == {"engine"}:
@@ -298,8 +307,8 @@ def main() -> None:
         port = free_port()
         if "http" in only:
             url = serve(uri, port, STREAMS)
-            ours = max((load(throughput, url, STREAMS, 400) for _ in range(2)), key=lambda found: found["tokens/s"])
-            size = max(1, round(ours["tokens an event"]))
+            ours = max((load(throughput, url, STREAMS, 400) for _ in range(2)), key=lambda rates: rates["tokens/s"])
+            size = max(1, round(ours["tokens per event"]))
             constant = load(throughput, url + serve_constant(size), STREAMS, 4000)["tokens/s"]
             sides = f"{ours['tokens/s']:,.0f}, engine alone {alone:,.0f}, constant text {constant:,.0f}"
             show(f"HTTP, {STREAMS} streams, tokens/s", sides, ours["tokens/s"] / min(alone, constant))
@@ -313,7 +322,7 @@ def main() -> None:
                 idle["p99"] / idle["p50"],
             )
             show(
-                "  p99 beside a 100,000-token prompt",
+                "  p99 beside 100,000-token prompts",
                 f"{1e3 * busy['p99']:.0f}, without {1e3 * idle['p99']:.0f}",
                 busy["p99"] / idle["p99"],
             )

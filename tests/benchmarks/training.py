@@ -1,8 +1,8 @@
-"""What keeping a training run safe costs, and how soon it goes on after a kill; the quickstart preset's model and text.
+"""The cost of checkpoints and workers, and the time to recover from a kill, of the quickstart preset.
 
 python -m tests.benchmarks.training [--steps 700]
 
-Rates are medians over the points of a run, ratios are of runs of one call, one after the other.
+Rates are medians over the logged points of a run. Ratios compare runs of one call, one after the other.
 """
 
 import argparse
@@ -26,18 +26,20 @@ from tests.benchmarks.encoding import show
 
 PRESET = configuration.load(Path(__file__).parents[2] / "pipelines" / "configs" / "quickstart.toml")
 SHORT = 120
-"""Steps of runs that are compared with each other."""
+"""Number of steps of runs that are compared with each other."""
 WARM_UP = 4
-"""Points at the beginning that do not count."""
+"""Number of logged points at the start of a run that are ignored."""
 
 
 class Bench:
+    """Training runs on one dataset, each with a directory and an MLflow run of its own."""
+
     def __init__(self, dataset: Dataset, folder: Path, tracking_uri: str) -> None:
         self.dataset, self.folder, self.tracking = dataset, folder, tracking_uri
         self.number = 0
 
     def run(self, watch: Callable[[str], None] = lambda line: None, **changes: Any) -> tracking.Run:
-        """Train with the preset's settings and these; watch: called with each line for people."""
+        """Train with the preset's settings and these changes. watch: called with each progress line."""
         self.number += 1
         name = f"run{self.number}"
         settings = PRESET.train.model_dump() | {"heldout_steps": 1_000_000, "log_steps": 5} | changes
@@ -48,26 +50,29 @@ class Bench:
         return run
 
     def speed(self, **changes: Any) -> float:
-        """Tokens/s."""
+        """Return the tokens/s of a run with these changes."""
         return statistics.median(history(self.run(steps=SHORT, **changes), "train/tokens_per_second"))
 
 
 def history(run: tracking.Run, metric: str) -> list[float]:
+    """Return the logged values of a metric after the warm-up."""
     return [value for _, value in run.history(metric)][WARM_UP:]
 
 
 def waits(bench: Bench, steps: int) -> None:
+    """Measure how long training waits for data and checkpoints, and its speed with many checkpoints."""
     run = bench.run(steps=steps)
     for what in ("data", "checkpoint"):
         share = statistics.mean(history(run, f"train/{what}_wait_share"))
         print(f"{f'waiting for {what}':28} {share:.2%} of the time")
     seconds = [value for _, value in run.history("train/checkpoint_seconds")]
-    print(f"{'writing a checkpoint':28} {statistics.mean(seconds):.2f} s, beside training, {len(seconds)} in the run")
-    often, never = bench.speed(checkpoint_steps=10), bench.speed(checkpoint_steps=SHORT)
-    show("tokens/s", "a checkpoint every 10 steps", often, "none", never, 2)
+    print(f"{'writing a checkpoint':28} {statistics.mean(seconds):.2f} s in the background, {len(seconds)} per run")
+    frequent, never = bench.speed(checkpoint_steps=10), bench.speed(checkpoint_steps=SHORT)
+    show("tokens/s", "a checkpoint every 10 steps", frequent, "none", never, 2)
 
 
 def workers(bench: Bench) -> None:
+    """Compare two workers with one, and bitwise elastic training with plain DDP."""
     two = {"workers": 2, "threads": 1}
     one = bench.speed(workers=1, threads=2)
     together, in_parts = bench.speed(**two), bench.speed(**two, bitwise_elastic=4)
@@ -76,35 +81,41 @@ def workers(bench: Bench) -> None:
 
 
 def recovery(bench: Bench) -> None:
-    """From kill -9 of one worker of two to the first logged step that is new."""
-    seen: dict[str, float] = {}
+    """Measure the time from kill -9 of one of two workers to the next new step."""
+    times: dict[str, float] = {}
     killed_at: list[int] = []
 
     def watch(line: str) -> None:
         now = time.monotonic()
         step = int(line.split("/")[0].split()[1]) if line.startswith("step ") else 0
-        if step >= 60 and "killed" not in seen:
+        if step >= 60 and "killed" not in times:
             killed_at.append(step)
             [*_, victim] = processes()
-            seen["killed"] = time.monotonic()
+            times["killed"] = time.monotonic()
             victim.kill()
-        elif "killed" in seen and line.startswith("failure 1"):
-            seen["noticed"] = now
-        elif "noticed" in seen and step > killed_at[0]:
-            seen.setdefault("stepped", now)
+        elif "killed" in times and line.startswith("failure 1"):
+            times["noticed"] = now
+        elif "noticed" in times and step > killed_at[0]:
+            times.setdefault("stepped", now)
 
     bench.run(watch, steps=SHORT, workers=2, threads=1, checkpoint_steps=20)
-    noticed, stepped = (seen[name] - seen["killed"] for name in ("noticed", "stepped"))
+    noticed, stepped = (times[name] - times["killed"] for name in ("noticed", "stepped"))
     print(f"{'kill -9 to the next step':28} {stepped:.1f} s: {noticed:.1f} until it is noticed, then new processes")
 
 
 def processes() -> list[psutil.Process]:
+    """Return the training workers of this process."""
     return [p for p in psutil.Process().children(recursive=True) if p.cmdline()[:1] == ["ray::RayTrainWorker"]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=700, help="of the run whose waiting is measured")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=700,
+        help="number of steps of the run whose waiting times are measured (default 700)",
+    )
     arguments = parser.parse_args()
     entry.quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="gru-bench-") as folder:

@@ -1,4 +1,4 @@
-"""A comparison of everything with little of everything, as its user starts it."""
+"""Small comparisons, started as a user starts them."""
 
 import json
 import os
@@ -33,7 +33,7 @@ hidden = 32
 batch_size = 16
 sequence_length = 32
 threads = 1
-heldout_tokens = 100_000  # all there are, so that what is measured on the way is what is scored at the end
+heldout_tokens = 100_000  # all of them, so that training measures the text that is scored at the end
 [evaluate]
 heldout_bytes = 100_000
 """
@@ -65,17 +65,19 @@ def compare(directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 
 
 def records(directory: Path) -> dict[str, int]:
-    """When each finished contender was written."""
+    """Modification times of the finished trials' records, by path."""
     return {str(path): path.stat().st_mtime_ns for path in directory.glob("store/comparisons/*/*.json")}
 
 
-def test_all_are_compared_and_what_came_of_it_is_kept(prepared: Path, mlflow_store: str, tmp_path: Path) -> None:
-    result, told = compare(prepared, "--seconds", "1.5", "--seeds", "1")
+def test_all_contenders_are_compared_and_their_records_are_stored(
+    prepared: Path, mlflow_store: str, tmp_path: Path
+) -> None:
+    result, log = compare(prepared, "--seconds", "1.5", "--seeds", "1")
     rows = result["contenders"]
     assert list(rows) == list(DEFAULTS)
     for name, row in rows.items():
         assert row["parameters"] == pytest.approx(rows["gru"]["parameters"], rel=0.05), name
-        # A busy machine may let one step pass several marks.
+        # On a busy machine one step may pass several measurements.
         assert row["quarters"][3]["bits_per_byte"] <= row["quarters"][0]["bits_per_byte"] < 8.5, name
         assert row["end"]["bits_per_byte"] == pytest.approx(row["quarters"][3]["bits_per_byte"], rel=0.1), name
     assert rows["gru"]["state_bytes"] == {"1000": 32 * 4, "10000": 32 * 4}
@@ -83,8 +85,8 @@ def test_all_are_compared_and_what_came_of_it_is_kept(prepared: Path, mlflow_sto
     assert caches["10000"] == 10 * caches["1000"]
     assert len(result["gru_beats_transformer"]) == MEASUREMENTS
     for name in DEFAULTS:
-        assert f"compare: | {name} | {rows[name]['parameters']:,} |" in told
-    assert "gru is better than the transformer at " in told
+        assert f"compare: | {name} | {rows[name]['parameters']:,} |" in log
+    assert "gru is better than the transformer at " in log
     bundles = {path.name.partition("-")[0]: load_bundle(path) for path in (prepared / result["records"]).glob("*-0/")}
     assert set(bundles) == set(DEFAULTS) - {"transformer"}
     for name, bundle in bundles.items():
@@ -109,7 +111,7 @@ def test_all_are_compared_and_what_came_of_it_is_kept(prepared: Path, mlflow_sto
         assert child.data.metrics["tokens_per_second"] > 0
 
 
-def test_a_killed_comparison_goes_on_with_the_next_contender(prepared: Path, mlflow_store: str) -> None:
+def test_a_killed_comparison_resumes_with_the_next_trial(prepared: Path, mlflow_store: str) -> None:
     arguments = ["--seconds", "3", "--seeds", "2", "--contender", "gru", "--contender", "slow:train.learning_rate=1e-5"]
     before = records(prepared)
     process = start(prepared, *arguments)
@@ -120,9 +122,9 @@ def test_a_killed_comparison_goes_on_with_the_next_contender(prepared: Path, mlf
     process.wait()
     finished = {name: at for name, at in records(prepared).items() if name not in before}
     assert len(finished) == 2
-    result, told = compare(prepared, *arguments)
-    assert told.count("done already") == 2
-    assert told.count("training for") == 2
+    result, log = compare(prepared, *arguments)
+    assert log.count("done already") == 2
+    assert log.count("training for") == 2
     after = records(prepared)
     assert {name: after[name] for name in finished} == finished
     rows = result["contenders"]
@@ -138,7 +140,7 @@ def test_a_killed_comparison_goes_on_with_the_next_contender(prepared: Path, mlf
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (
             ["--contender", "gpt"],
@@ -149,9 +151,9 @@ def test_a_killed_comparison_goes_on_with_the_next_contender(prepared: Path, mlf
         (["--set", "train.sequence_length=20000"], "error: the corpus has "),
     ],
 )
-def test_a_mistake_is_one_line(prepared: Path, mlflow_store: str, arguments: list[str], says: str) -> None:
+def test_a_mistake_is_one_line(prepared: Path, mlflow_store: str, arguments: list[str], message: str) -> None:
     process = start(prepared, *arguments)
     out, err = process.communicate()
     assert (process.returncode, out) == (2, ""), err
     [line] = err.splitlines()
-    assert line.startswith(says)
+    assert line.startswith(message)

@@ -27,7 +27,7 @@ def test_a_run_is_found_again_by_its_key(mlflow_store: str) -> None:
     assert stored.info.status == "RUNNING"
 
 
-def test_the_status_tells_how_a_stage_ended(mlflow_store: str) -> None:
+def test_the_status_of_a_run_says_how_its_stage_ended(mlflow_store: str) -> None:
     with pytest.raises(ZeroDivisionError), tracking.stage_run("test", "x", "train") as run:
         _ = 1 / 0
     assert run.client.get_run(run.id).info.status == "FAILED"
@@ -47,7 +47,7 @@ def test_logging_again_changes_nothing(mlflow_store: str) -> None:
     assert len(run.client.get_metric_history(run.id, "bits")) == 1
 
 
-def test_more_points_than_one_call_takes(mlflow_store: str) -> None:
+def test_more_points_than_one_call_takes_are_logged_once(mlflow_store: str) -> None:
     run = tracking.open_run("test", "a", "train")
     run.log_points(points(*range(1, 2001)))
     run.log_points(points(1999, 2000, 2001))
@@ -57,7 +57,7 @@ def test_more_points_than_one_call_takes(mlflow_store: str) -> None:
     assert [file.path for file in run.client.list_artifacts(run.id)] == ["loss.png"]
 
 
-def test_context_losses_are_a_picture_and_numbers(mlflow_store: str) -> None:
+def test_context_losses_are_a_plot_and_a_table(mlflow_store: str) -> None:
     run = tracking.open_run("test", "a", "evaluate")
     losses = [{"last": 1, "nats": 3.0, "error": 0.1}, {"last": 2, "nats": 2.0, "error": None}]
     run.log_context_losses(losses, {"n-gram model": 2.5})
@@ -70,7 +70,7 @@ def test_points_that_could_not_be_logged_are_logged_later(mlflow_store: str) -> 
     run = tracking.open_run("test", "a", "train")
     run.log_points(points(1, 2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as if the server's disk were full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # acts like a full disk of the server
     try:
         with pytest.raises(mlflow.exceptions.MlflowException):
             run.log_points(points(2, 3, 4))
@@ -80,22 +80,22 @@ def test_points_that_could_not_be_logged_are_logged_later(mlflow_store: str) -> 
     assert [step for step, _ in run.history("train/loss")] == [1, 2, 3, 4, 5]
 
 
-def test_even_a_short_run_has_metrics_of_the_machine(mlflow_store: str) -> None:
+def test_even_a_short_run_has_system_metrics(mlflow_store: str) -> None:
     run = tracking.open_run("test", "a", "train")
     stop = run.watch_system()
     stop()
     assert "system/cpu_utilization_percentage" in run.client.get_run(run.id).data.metrics
 
 
-def test_of_several_that_open_a_run_at_once_all_have_the_same(mlflow_store: str) -> None:
-    together = threading.Barrier(4)
+def test_processes_that_open_a_run_at_once_get_the_same_run(mlflow_store: str) -> None:
+    barrier = threading.Barrier(4)
 
-    def open_it(_: int) -> str:
-        together.wait()
+    def open_run(_: int) -> str:
+        barrier.wait()
         return tracking.open_run("test", "one key", "run").id
 
     with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(open_it, range(4)))
+        opened = list(pool.map(open_run, range(4)))
     client = mlflow.MlflowClient()
     [run] = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     assert opened == [run.info.run_id] * 4

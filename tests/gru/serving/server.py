@@ -20,6 +20,7 @@ from gru.model.language_model import GRULanguageModel
 from gru.registry.bundle import Bundle
 from gru.registry.versions import Version
 from gru.serving.loaded_model import LoadedModel
+from tests.gru.registry.bundles import LINEAGE
 
 
 def tiny_bundle() -> Bundle:
@@ -30,7 +31,7 @@ def tiny_bundle() -> Bundle:
     with torch.no_grad():
         model.output_bias += 3 * torch.tensor([float(32 <= i < 127) for i in range(tokenizer.vocab_size)])
         model.output_bias[tokenizer.end_of_text] = -5
-    return Bundle(model, tokenizer, {}, "f00d")
+    return Bundle(model, tokenizer, LINEAGE, "f00d")
 
 
 class SlowModel(torch.nn.Module):

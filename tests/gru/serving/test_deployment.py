@@ -30,6 +30,7 @@ from gru.registry import tracking, versions
 from gru.registry.bundle import Bundle, load_bundle, write_bundle
 from gru.registry.versions import CHAMPION
 from gru.serving import deployment
+from tests.gru.registry.bundles import LINEAGE
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.faults
@@ -96,7 +97,7 @@ def make_bundle(path: Path, tokenizer: Tokenizer, seed: int) -> Path:
     model = GRULanguageModel(MODEL, tokenizer.vocab_size)
     with torch.no_grad():
         model.output_bias[tokenizer.end_of_text] = -100
-    write_bundle(str(path), MODEL, model.state_dict(), tokenizer, {})
+    write_bundle(str(path), MODEL, model.state_dict(), tokenizer, LINEAGE)
     return path
 
 

@@ -27,6 +27,7 @@ from gru.registry.bundle import write_bundle
 from gru.registry.versions import CHALLENGER, CHAMPION, Version
 from gru.serving.model_manager import LAST_GOOD, ModelManager
 from gru.serving.smoke_test import UnfitModel
+from tests.gru.registry.bundles import LINEAGE
 
 MODEL = ModelConfig(embedding=8, hidden=8)
 SERVE = ServeConfig(slots=4, max_queue=64, poll_seconds=0.05)
@@ -47,7 +48,7 @@ class Registry:
         torch.manual_seed(self._count)
         model = GRULanguageModel(config, self.tokenizer.vocab_size)
         state = {**model.state_dict(), **weights}
-        write_bundle(str(path), config, state, self.tokenizer, {})
+        write_bundle(str(path), config, state, self.tokenizer, LINEAGE)
         return path
 
     def register(self, path: Path | None = None) -> Version:

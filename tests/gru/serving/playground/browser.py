@@ -18,6 +18,7 @@ from gru.registry.bundle import Bundle
 from gru.registry.versions import Version
 from gru.serving.api import create_app
 from gru.serving.loaded_model import LoadedModel
+from tests.gru.registry.bundles import LINEAGE
 from tests.gru.serving.server import listening, tiny_bundle, wait_until
 
 TOKENIZER = tiny_bundle().tokenizer
@@ -111,7 +112,7 @@ class Site:
         self.engines.append(engine)
         values = {"name": "poet", "version": version, "run_id": "r1", "bits_per_byte": 2.5, "created": 17}
         others = {name: "" for name in Version.__dataclass_fields__ if name not in values}
-        bundle = Bundle(model, TOKENIZER, {}, f"digest {version}")  # type: ignore[arg-type]
+        bundle = Bundle(model, TOKENIZER, LINEAGE, f"digest {version}")  # type: ignore[arg-type]
         self._models[:] = [LoadedModel(engine, bundle, Version(**values, **others))]  # type: ignore[arg-type]
         return engine
 
