@@ -37,7 +37,6 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
 
     from gru.comparison import contenders, report, trial
     from gru.corpus.dataset import open_dataset
-    from gru.training.worker_loop import heldout_tokens
 
     started = time.monotonic()
     dataset = open_dataset(prepared["dataset"])
@@ -54,7 +53,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     threads = config.train.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     machine = torch.cuda.get_device_name(device) if gpu else f"{threads} threads"
-    heldout = heldout_tokens(dataset, config.train.heldout_tokens)
+    heldout = dataset.first_tokens("heldout", config.train.heldout_tokens)
     settings = config.evaluate
     measured = [settings.batch_size, settings.heldout_bytes, config.train.heldout_tokens]
     directory = storage.join(

@@ -20,7 +20,8 @@ from gru.comparison.gradient_reach import gradient_reach
 from gru.corpus.batches import LaneReader, sliding_batches, stream_batches
 from gru.corpus.dataset import Dataset, decode
 from gru.evaluation.scores import read_heldout
-from gru.model.stream_loss import LanguageModel, stream_loss
+from gru.model.interface import LanguageModel
+from gru.model.loss import stream_loss
 from gru.model.transformer import Transformer
 from gru.registry.tracking import LOSS, Point
 from gru.training.learner import Diverged, Learner
@@ -163,7 +164,7 @@ def train_for(
     while spent < seconds and all(map(math.isfinite, losses)):
         started = time.perf_counter()
         inputs_TB, targets_TB = batch(learner.step)
-        loss, norm = learner.train_step(inputs_TB, targets_TB, done=spent / seconds)
+        loss, norm = learner.train_step(inputs_TB, targets_TB, elapsed=spent / seconds)
         spent += time.perf_counter() - started
         since.append(loss)
         tokens += inputs_TB.size

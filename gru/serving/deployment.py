@@ -14,10 +14,9 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve._private import replica
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.context import _get_global_client
 
+from gru import ray_internals
 from gru.config import ServeConfig, ServeResources, content_key
 from gru.errors import UserError
 from gru.network import require_bindable
@@ -77,10 +76,8 @@ def _stay_on_loopback() -> None:
     after the deployment's own constructor.
     """
     address = ray.util.get_node_ip_address()
-    if not address.startswith("127."):
-        return
-    open_port = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, wanted: open_port(server, wanted.replace("[::]", address))
+    if address.startswith("127."):
+        ray_internals.bind_replica_to(address)
 
 
 def deploy(config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str) -> None:
@@ -125,8 +122,8 @@ def _scale(config: ServeConfig) -> dict[str, Any]:
     """How many replicas, and which of them a request goes to: those of one x-session-id to the same.
 
     The router is this one where there is one replica, too: the proxies keep the one that they began with."""
-    router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-    routed = {"request_router_config": RequestRouterConfig(request_router_class=router)}  # type: ignore[arg-type]
+    router: Any = ray_internals.CONSISTENT_HASH_ROUTER
+    routed = {"request_router_config": RequestRouterConfig(request_router_class=router)}
     if config.max_replicas is None:
         return {"num_replicas": config.replicas, **routed}
     by = {"tokens_per_replica": config.tokens_per_replica}
@@ -149,7 +146,7 @@ class TokensInFlight:
 
 def _move_to(host: str, port: int) -> None:
     """Make sure that Serve can be started at this address: it has one for all its applications."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = ray_internals.running_serve_client()
     if client is not None:
         running = client.http_config
         if (running.host, running.port) == (host, port):
