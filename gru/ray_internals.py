@@ -1,30 +1,22 @@
 """All use of Ray's private modules, so that an upgrade of Ray is checked in one place.
 
 tests/gru/test_ray_internals.py fails when Ray changes a name, a signature or an attribute that is used here. Ray is
-imported only where it is used: the names of loggers and classes are needed by processes that do not load Ray Train.
+imported only where it is used, because some processes need the names in here but not Ray Train.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ray.train.v2._internal.execution.scaling_policy import (
-        ElasticScalingPolicy as ElasticScalingPolicy,
-    )
-    from ray.train.v2._internal.execution.scaling_policy import (
-        NoopDecision as NoopDecision,
-    )
-    from ray.train.v2._internal.execution.scaling_policy import (
-        ScalingDecision as ScalingDecision,
+    from ray.train.v2._internal.execution.scaling_policy import (  # noqa: F401
+        ElasticScalingPolicy,
+        NoopDecision,
+        ScalingDecision,
     )
 
-CLASSES = {
-    # Ray Train has no public interface for a scaling policy.
-    "ElasticScalingPolicy": "ray.train.v2._internal.execution.scaling_policy",
-    "NoopDecision": "ray.train.v2._internal.execution.scaling_policy",
-    "ScalingDecision": "ray.train.v2._internal.execution.scaling_policy",
-}
-"""Classes of Ray to subclass and to compare with, and their modules; `from gru.ray_internals import ...` loads them."""
+SCALING_MODULE = "ray.train.v2._internal.execution.scaling_policy"
+SCALING_CLASSES = ("ElasticScalingPolicy", "NoopDecision", "ScalingDecision")
+"""Base classes of a scaling policy, imported when first used. Ray Train has no public interface for one."""
 
 SUBMISSION_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
@@ -38,9 +30,9 @@ CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router.Consiste
 
 
 def __getattr__(name: str) -> Any:
-    if name not in CLASSES:
+    if name not in SCALING_CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(CLASSES[name]), name)
+    return getattr(importlib.import_module(SCALING_MODULE), name)
 
 
 def draining_nodes() -> set[str]:

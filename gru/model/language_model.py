@@ -33,6 +33,7 @@ class Block(nn.Module):
         self.project = nn.Linear(hidden, width, bias=False) if hidden != width else nn.Identity()
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor, mask_BE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the output [T, B, E] and the cell's next state. mask: multiplies the cell's input at each step."""
         inner = self.norm(x_TBE)
         if mask_BE is not None:
             inner = inner * mask_BE

@@ -69,6 +69,7 @@ class Objective(nn.Module):
     def forward(
         self, inputs_TB: Tensor, targets_TB: Tensor, state_LBH: Tensor, masks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        """Return the summed loss in nats, and the next state."""
         return self.model.loss(inputs_TB, targets_TB, state_LBH, masks)
 
 
@@ -76,7 +77,8 @@ class Learner:
     """The state of training in one worker, and its steps.
 
     Every random number is drawn from (seed, step) for all G lanes at once and then sliced, so that the random numbers
-    of a lane do not depend on the number of workers.
+    of a lane do not depend on the number of workers. build: constructs the model from (config, vocab_size,
+    matmul_dtype).
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class Learner:
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:
-        """Run two backward passes and discard the gradients, so that DDP has its final gradient buckets from step one.
+        """Run two backward passes and discard the gradients, so that DDP has its final buckets from the start.
 
         After its first backward, DDP rebuilds its buckets by the order in which gradients arrived. With more than two
         workers this changes the bits of a sum, and the first step after a resume would differ from the same step of an
