@@ -24,6 +24,12 @@ class Stopped(Exception):
         self.signal = signal
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not empty, at most 200 characters; else its type's name."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:200]
+
+
 def find_user_error(error: BaseException) -> UserError | None:
     """The UserError inside `error`, through the wrappers that Ray puts around what a task or worker raised."""
     seen: set[int] = set()

@@ -39,7 +39,6 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     from gru.comparison.contenders import DEFAULTS, parse_contenders
     from gru.comparison.trial import Conditions
     from gru.corpus.dataset import open_dataset
-    from gru.training.worker_loop import heldout_tokens
 
     started = time.monotonic()
     dataset = open_dataset(prepared["dataset"])
@@ -50,7 +49,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     device, machine = _device(config)
     conditions = Conditions(
         dataset=dataset,
-        heldout=heldout_tokens(dataset, config.train.heldout_tokens),
+        heldout=dataset.first_tokens("heldout", config.train.heldout_tokens),
         seconds=seconds,
         lanes=config.evaluate.batch_size,
         heldout_bytes=config.evaluate.heldout_bytes,

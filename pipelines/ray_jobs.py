@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from gru import storage
+from gru import ray_internals, storage
 from gru.config import Resources, content_key
 from gru.errors import UserError
 
@@ -62,12 +62,8 @@ class RayJobs:
     def __init__(self, address: str, store: str, working_dir: str | None, environment: dict[str, str]) -> None:
         from ray.job_submission import JobSubmissionClient
 
-        for told in (
-            "ray.dashboard.modules.dashboard_sdk",
-            "ray.dashboard.modules.job.sdk",
-            "ray._private.runtime_env",
-        ):
-            logging.getLogger(told).setLevel(logging.ERROR)  # of what travels, with each job
+        for name in ray_internals.SUBMISSION_LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
         try:
             self.client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:

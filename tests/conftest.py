@@ -22,9 +22,9 @@ SERVICES = {"ray_local", "cluster", "mlflow_store", "empty_database", "bucket", 
 
 @pytest.hookimpl(tryfirst=True)  # before the tests are selected by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need services. Keep the tests of a file, and all of the pipeline's, in one of xdist's processes.
+    """Mark the tests that need services. Keep the tests of a file, and all tests of the pipeline, in one process.
 
-    The pipeline's tests come first, since they take longest.
+    The tests of the pipeline come first, since they take longest.
     """
     for item in items:
         if SERVICES.intersection(getattr(item, "fixturenames", ())):

@@ -16,7 +16,7 @@ from gru.comparison import report
 from gru.comparison.contenders import TRANSFORMER, Contender
 from gru.comparison.trial import Conditions, TrialRecord, train_contender
 from gru.config import PipelineConfig, content_key
-from gru.model.stream_loss import LanguageModel
+from gru.model.interface import LanguageModel
 from gru.registry import tracking
 from gru.registry.bundle import write_bundle
 from gru.registry.lineage import Lineage

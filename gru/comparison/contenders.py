@@ -10,8 +10,8 @@ from gru.config import Cell, ModelConfig, PipelineConfig, Section, TrainConfig, 
 from gru.corpus.batches import LaneOrder
 from gru.corpus.dataset import Dataset
 from gru.errors import UserError
+from gru.model.interface import LanguageModel
 from gru.model.language_model import GRULanguageModel
-from gru.model.stream_loss import LanguageModel
 from gru.model.transformer import Transformer, TransformerConfig, nearest
 
 TRANSFORMER = "transformer"

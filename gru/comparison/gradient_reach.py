@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gru.model.stream_loss import LanguageModel
+from gru.model.interface import LanguageModel
 
 
 def gradient_reach(

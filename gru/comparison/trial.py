@@ -20,7 +20,8 @@ from gru.comparison.gradient_reach import gradient_reach
 from gru.corpus.batches import LaneReader, sliding_batches, stream_batches
 from gru.corpus.dataset import Dataset, decode
 from gru.evaluation.scores import Scores, read_heldout
-from gru.model.stream_loss import LanguageModel, stream_loss
+from gru.model.interface import LanguageModel
+from gru.model.loss import stream_loss
 from gru.model.transformer import Transformer
 from gru.registry.tracking import LOSS, Point
 from gru.training.learner import Diverged, Learner
@@ -212,7 +213,7 @@ def train_for(
     while elapsed < seconds and all(map(math.isfinite, curve.heldout)):
         started = time.perf_counter()
         inputs_TB, targets_TB = batch(learner.step)
-        loss, norm = learner.train_step(inputs_TB, targets_TB, done=elapsed / seconds)
+        loss, norm = learner.train_step(inputs_TB, targets_TB, elapsed=elapsed / seconds)
         elapsed += time.perf_counter() - started
         step_losses.append(loss)
         tokens += inputs_TB.size

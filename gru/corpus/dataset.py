@@ -120,6 +120,15 @@ class Dataset:
         """Its tokens [tokens], documents end to end."""
         return self._tokens(segment).values.to_numpy()
 
+    def first_tokens(self, split: Split, limit: int) -> Tokens:
+        """Return the first tokens of a split's stream, at most `limit`."""
+        parts: list[Tokens] = []
+        for segment in self.segments(split):
+            parts.append(self.read_segment(segment))
+            if sum(map(len, parts)) >= limit:
+                break
+        return np.concatenate(parts)[:limit]
+
     def documents(self, segment: Segment, start: int, stop: int) -> list[int]:
         """Hashes of the documents that tokens [start, stop) of a segment belong to, in order."""
         rows = self._read(segment, ["document", "tokens"])

@@ -1,4 +1,4 @@
-"""Other recurrent cells behind the GRU's interface, and which name means which.
+"""The LSTM, RNN and minGRU with the interface of `GRU`, and the table from a config's cell name to its class.
 
     LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000):
         i, f, o = sigmoid(W x_t + b + U h_{t-1} + d)    g = tanh(W_g x_t + b_g + U_g h_{t-1} + d_g)
@@ -9,7 +9,7 @@
         z_t = sigmoid(W_z x_t + b_z)                    h~_t = g(W_h x_t + b_h)
         h_t = (1 - z_t) * h_{t-1} + z_t * h~_t          g(a) = a + 0.5 if a >= 0 else sigmoid(a)
 
-T time, B lanes, E input width, H hidden width, S state width; nH: n blocks of H side by side.
+T time steps, B lanes, E input width, H hidden width, S state width; nH: n blocks of H side by side.
 """
 
 from typing import Any, NamedTuple
@@ -21,15 +21,18 @@ from torch.nn import functional as F
 from gru.config import Cell
 from gru.model.gru_layer import GRU
 
-FORGET_GATE_BIAS = 1.0  # states are kept by default (Jozefowicz et al. 2015), as UPDATE_GATE_BIAS does for the GRU
-SCANNED = 64  # time steps in one scan of minGRU: A grows with each, and takes the digits of what is added to it
+FORGET_GATE_BIAS = 1.0
+"""Initial bias that keeps most of the state (Jozefowicz et al. 2015), as UPDATE_GATE_BIAS does in the GRU."""
+
+SCAN_STEPS = 64
+"""Time steps in one scan of minGRU: A grows with each step, and what is added to it loses digits."""
 
 
 class LSTM(nn.Module):
     """torch.nn.LSTM with Xavier-uniform input projections, orthogonal recurrent matrices and an open forget gate.
 
-    Its state is h and c side by side. With bf16 products it runs under autocast, on CPUs too: oneDNN's is the faster
-    one there. On those for which oneDNN has none in bf16 (without AVX-512), products are fp32.
+    Its state is h and c side by side. With a bf16 `matmul_dtype` it runs under autocast, on CPUs too, where oneDNN's
+    bf16 LSTM is the faster one. On CPUs without AVX-512, for which oneDNN has no bf16 LSTM, matrix products are fp32.
     """
 
     def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
@@ -41,17 +44,17 @@ class LSTM(nn.Module):
             self.lstm.all_weights[0][2].chunk(4)[1].fill_(FORGET_GATE_BIAS)  # torch.nn.LSTM's order: i, f, g, o
 
     def forward(self, x_TBE: Tensor, state_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden state after each time step [T, B, H]; h and c after the last one [B, 2 H]."""
+        """Return the hidden state after each time step [T, B, H], and h and c after the last one [B, 2 H]."""
         h_BH, c_BH = state_BS.chunk(2, dim=1)
         state = (h_BH.contiguous().unsqueeze(0), c_BH.contiguous().unsqueeze(0))
-        rounded = self.matmul_dtype != x_TBE.dtype and has_lstm_in_bf16(x_TBE.device)
-        with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=rounded):
+        autocast = self.matmul_dtype != x_TBE.dtype and has_bf16_lstm(x_TBE.device)
+        with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=autocast):
             out_TBH, (h_1BH, c_1BH) = self.lstm(x_TBE, state)
         return out_TBH.to(x_TBE.dtype), torch.cat([h_1BH[0], c_1BH[0]], dim=1).to(x_TBE.dtype)
 
 
 class RNN(nn.Module):
-    """torch.nn.RNN (tanh) with a Xavier-uniform input projection and an orthogonal recurrent matrix; bf16 as LSTM."""
+    """torch.nn.RNN (tanh), Xavier-uniform input projection, orthogonal recurrent matrix; bf16 as in LSTM."""
 
     def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -60,7 +63,7 @@ class RNN(nn.Module):
         initialise(self.rnn, gates=1)
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden state after each time step [T, B, H], and after the last one [B, H]."""
+        """Return the hidden state after each time step [T, B, H], and after the last one [B, H]."""
         with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=self.matmul_dtype != x_TBE.dtype):
             out_TBH, h_1BH = self.rnn(x_TBE, h_BH.unsqueeze(0))
         return out_TBH.to(x_TBE.dtype), h_1BH[0].to(x_TBE.dtype)
@@ -69,9 +72,8 @@ class RNN(nn.Module):
 class MinGRU(nn.Module):
     """A GRU whose gate and candidate read the input alone, so that all time steps can be computed at once.
 
-    They are so on a GPU. On a CPU, where nothing is gained by it, the recurrence is run as it is written: it costs a
-    tenth of the scan. The recurrence, of whichever kind, stays in the type of x. With b_z at -1, states are kept by
-    default.
+    A GPU computes them so, by a parallel scan. A CPU gains nothing from the scan and runs the recurrence step by step,
+    at a tenth of the cost. Both stay in the type of x. With b_z at -1, most of the state is kept at first.
     """
 
     def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
@@ -85,17 +87,17 @@ class MinGRU(nn.Module):
             self.project.bias.chunk(2)[0].fill_(-FORGET_GATE_BIAS)
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden state after each time step [T, B, H], and after the last one [B, H]."""
+        """Return the hidden state after each time step [T, B, H], and after the last one [B, H]."""
         with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=self.matmul_dtype != x_TBE.dtype):
-            into_TB2H = self.project(x_TBE)
-        gate_TBH, candidate_TBH = into_TB2H.to(x_TBE.dtype).chunk(2, dim=2)
-        one_by_one = len(x_TBE) == 1 or x_TBE.device.type == "cpu"
-        out_TBH = (recur if one_by_one else scan)(gate_TBH, candidate_TBH, h_BH)
+            projected_TB2H = self.project(x_TBE)
+        gate_TBH, candidate_TBH = projected_TB2H.to(x_TBE.dtype).chunk(2, dim=2)
+        sequential = len(x_TBE) == 1 or x_TBE.device.type == "cpu"
+        out_TBH = (recur if sequential else scan)(gate_TBH, candidate_TBH, h_BH)
         return out_TBH, out_TBH[-1]
 
 
 def recur(gate_TBH: Tensor, candidate_TBH: Tensor, h_BH: Tensor) -> Tensor:
-    """minGRU's states [T, B, H], one after the other. gate, candidate: what sigmoid and g are applied to."""
+    """Return minGRU's states [T, B, H], computed step by step. sigmoid applies to the gate, g to the candidate."""
     z_TBH = gate_TBH.sigmoid()
     positive_TBH = torch.where(candidate_TBH >= 0, candidate_TBH + 0.5, candidate_TBH.sigmoid())
     out = []
@@ -106,32 +108,36 @@ def recur(gate_TBH: Tensor, candidate_TBH: Tensor, h_BH: Tensor) -> Tensor:
 
 
 def scan(gate_TBH: Tensor, candidate_TBH: Tensor, h_BH: Tensor) -> Tensor:
-    """The same, a block of steps at once, in logarithms (the paper's appendix B, after Heinsen 2023, arXiv:2311.06281).
+    """Return what `recur` does, from a parallel scan over blocks of `SCAN_STEPS` steps.
 
-    With A_t the sum of log(1 - z) up to t:  h_t = exp(A_t) h_0 + exp(A_t + logcumsumexp_t(log z + log h~ - A)). The
-    state before the block is kept out of the logarithm, so that it may be 0.
+    It is computed in logarithms (appendix B of the paper, after Heinsen 2023, arXiv:2311.06281). With A_t
+    the sum of log(1 - z) up to t:  h_t = exp(A_t) h_0 + exp(A_t + logcumsumexp_t(log z + log h~ - A)). The state before
+    the block is not put into a logarithm, so it may be 0.
     """
     out = []
-    for gate, candidate in zip(gate_TBH.split(SCANNED), candidate_TBH.split(SCANNED), strict=True):
+    for gate, candidate in zip(gate_TBH.split(SCAN_STEPS), candidate_TBH.split(SCAN_STEPS), strict=True):
         out.append(scan_block(gate, candidate, h_BH))
         h_BH = out[-1][-1]
     return torch.cat(out)
 
 
 def scan_block(gate_TBH: Tensor, candidate_TBH: Tensor, h_BH: Tensor) -> Tensor:
-    kept_TBH = -F.softplus(gate_TBH).cumsum(0)
-    # Each branch is given only what is its own, or the gradient of the other, infinite, would come as 0 * inf.
-    above_TBH = (candidate_TBH.clamp(min=0) + 0.5).log()
-    logs_TBH = torch.where(candidate_TBH >= 0, above_TBH, F.logsigmoid(candidate_TBH))
-    sums_TBH = torch.logcumsumexp(F.logsigmoid(gate_TBH) + logs_TBH - kept_TBH, dim=0)
-    return kept_TBH.exp() * h_BH + (kept_TBH + sums_TBH).exp()
+    """Return the states [T, B, H] of one block, from the state before it [B, H]."""
+    log_kept_TBH = -F.softplus(gate_TBH).cumsum(0)
+    # Each branch gets a valid input only: the infinite gradient of the other branch would give 0 * inf = NaN.
+    log_positive_TBH = (candidate_TBH.clamp(min=0) + 0.5).log()
+    logs_TBH = torch.where(candidate_TBH >= 0, log_positive_TBH, F.logsigmoid(candidate_TBH))
+    sums_TBH = torch.logcumsumexp(F.logsigmoid(gate_TBH) + logs_TBH - log_kept_TBH, dim=0)
+    return log_kept_TBH.exp() * h_BH + (log_kept_TBH + sums_TBH).exp()
 
 
-def has_lstm_in_bf16(device: torch.device) -> bool:
+def has_bf16_lstm(device: torch.device) -> bool:
+    """Whether an LSTM can run in bf16 on this device."""
     return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def initialise(layer: nn.RNNBase, gates: int) -> None:
+    """Initialise each gate: Xavier-uniform input projection, orthogonal recurrent matrix, zero biases."""
     (weight_ih, weight_hh, bias_ih, bias_hh), *_ = layer.all_weights
     with torch.no_grad():
         for gate in weight_ih.chunk(gates):
@@ -142,11 +148,18 @@ def initialise(layer: nn.RNNBase, gates: int) -> None:
         bias_hh.zero_()
 
 
-class Kind(NamedTuple):
-    """A class made by (input_size, hidden_size, products), and how many vectors of the hidden width its state has."""
+class CellType(NamedTuple):
+    """A cell's class and the size of its state."""
 
     build: Any
-    vectors: int = 1
+    """The class, called with (input_size, hidden_size, matmul_dtype)."""
+    state_vectors: int = 1
+    """Number of vectors of the hidden width in its state."""
 
 
-CELLS: dict[Cell, Kind] = {"gru": Kind(GRU), "lstm": Kind(LSTM, 2), "rnn": Kind(RNN), "mingru": Kind(MinGRU)}
+CELLS: dict[Cell, CellType] = {
+    "gru": CellType(GRU),
+    "lstm": CellType(LSTM, 2),
+    "rnn": CellType(RNN),
+    "mingru": CellType(MinGRU),
+}

@@ -1,4 +1,4 @@
-"""The gated recurrent unit over a sequence.
+"""The GRU layer: a gated recurrent unit over a sequence.
 
     r_t = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)
     z_t = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)
@@ -6,7 +6,7 @@
     h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
 Cho et al. 2014 (arXiv:1406.1078), with the reset gate applied after the recurrent product, as cuDNN and
-torch.nn.GRU have it. T time, B lanes, N = T * B, E input width, H hidden width; nH: n blocks of H side by side.
+torch.nn.GRU have it. T time steps, B lanes, N = T * B, E input width, H hidden width; nH: n blocks of H side by side.
 """
 
 import math
@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from gru.model import gru_cpu
 from gru.model.workspace import workspace
 
-UPDATE_GATE_BIAS = 1.0  # z starts near sigmoid(1): states are kept by default, so gradients reach back
-BLOCK = 8  # time steps whose derivatives are computed at once: few enough to stay in cache
+UPDATE_GATE_BIAS = 1.0
+"""Initial bias: z starts near sigmoid(1), so most of the state is kept and gradients reach far back."""
+
+BLOCK = 8
+"""Time steps whose derivatives are computed at once: few enough to stay in the cache."""
 
 
 class GRU(nn.Module):
@@ -28,8 +31,8 @@ class GRU(nn.Module):
     Input projections are Xavier-uniform, recurrent matrices orthogonal for each gate, and the update gate's bias
     is positive (Jozefowicz et al. 2015 do the same for the LSTM's forget gate).
 
-    On a CPU, `Recurrence` computes what is to be differentiated, and all that has bf16 products; the rest is left to
-    torch.nn.GRU.
+    On a CPU, `GRUFunction` computes the layer if gradients are needed or the matrix products are in bf16. Otherwise,
+    and on a GPU, torch.nn.GRU does.
     """
 
     def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
@@ -47,9 +50,9 @@ class GRU(nn.Module):
             bias_ih.chunk(3)[1].fill_(UPDATE_GATE_BIAS)
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden state after each time step [T, B, H], and after the last one [B, H]."""
+        """Return the hidden state after each time step [T, B, H], and after the last one [B, H]."""
         if x_TBE.device.type == "cpu" and (torch.is_grad_enabled() or self.matmul_dtype != x_TBE.dtype):
-            out_TBH = Recurrence.apply(
+            out_TBH = GRUFunction.apply(
                 x_TBE, h_BH, *self.gru.all_weights[0], self.matmul_dtype, torch.is_grad_enabled()
             )
             return out_TBH, out_TBH[-1]
@@ -58,13 +61,13 @@ class GRU(nn.Module):
         return out_TBH.to(x_TBE.dtype), last_1BH[0].to(x_TBE.dtype)
 
 
-class Recurrence(torch.autograd.Function):
-    """The GRU over a sequence as one node of the graph, for CPUs.
+class GRUFunction(torch.autograd.Function):
+    """The GRU over a sequence as one node of the autograd graph, for CPUs.
 
-    One product before the time steps and three after them take all of their rows at once; the steps themselves are
-    kernel.py's where there is one, else torch's. `products` is the type that the factors of matrix products are rounded
-    to; states, gates and sums are computed in the type of x. It can be run backwards only once: the buffers that were
-    kept for that are then given back.
+    One matrix product before the time steps and three after them cover all rows at once. The steps themselves are
+    gru_cpu.py's where it is usable, else torch's. `matmul_dtype` is the type to which the factors of matrix products
+    are rounded; states, gates and sums are in the type of x. Its backward can run only once, since it returns the
+    saved buffers to the workspace.
     """
 
     @staticmethod
@@ -80,9 +83,9 @@ class Recurrence(torch.autograd.Function):
         differentiate: bool,
     ) -> Tensor:
         (T, B, E), H = x_TBE.shape, h_BH.shape[1]
-        compiled = gru_cpu.steps_for(H, matmul_dtype, x_TBE)
+        steps = gru_cpu.steps_for(H, matmul_dtype, x_TBE)
         x_NE = x_TBE.reshape(T * B, E).to(matmul_dtype)
-        weight_ih_E3H = n_first(weight_ih_3HE.to(matmul_dtype)).t().contiguous()  # with which products are fastest
+        weight_ih_E3H = n_first(weight_ih_3HE.to(matmul_dtype)).t().contiguous()  # the fastest layout
         into_N3H = torch.mm(x_NE, weight_ih_E3H, out=workspace.take((T * B, 3 * H), x_NE))
         into_TB3H = into_N3H.view(T, B, 3 * H)
         bias_4H = torch.cat([n_first(bias_ih_3H), bias_hh_3H[2 * H :]])
@@ -90,43 +93,43 @@ class Recurrence(torch.autograd.Function):
         states_TBH = x_TBE.new_empty(T + 1, B, H)
         states_TBH[0] = h_BH
         factors_TBH = states_TBH if matmul_dtype is x_TBE.dtype else workspace.take((T + 1, B, H), x_NE)
-        kept: list[Tensor] = []
-        if compiled:
+        saved: list[Tensor] = []
+        if steps:
             if differentiate:
-                kept = [workspace.take((T, B, 3 * H), x_NE), workspace.take((T, B, H), x_TBE)]
+                saved = [workspace.take((T, B, 3 * H), x_NE), workspace.take((T, B, H), x_TBE)]
             weights = weight_hh_3HH.to(matmul_dtype)
-            gru_cpu.forward(compiled, into_TB3H, bias_4H, weights, states_TBH, factors_TBH, *kept)
+            gru_cpu.forward(steps, into_TB3H, bias_4H, weights, states_TBH, factors_TBH, *saved)
         else:
-            kept = [workspace.take((T, B, 4 * H), x_TBE)]
-            forward_steps(into_TB3H, bias_4H, weight_hh_3HH.to(matmul_dtype), states_TBH, factors_TBH, kept[0])
+            saved = [workspace.take((T, B, 4 * H), x_TBE)]
+            forward_steps(into_TB3H, bias_4H, weight_hh_3HH.to(matmul_dtype), states_TBH, factors_TBH, saved[0])
         workspace.give(into_N3H)
-        ctx.matmul_dtype, ctx.compiled = matmul_dtype, compiled
-        ctx.save_for_backward(x_NE, weight_ih_3HE, weight_hh_3HH, states_TBH, factors_TBH, *kept)
+        ctx.matmul_dtype, ctx.steps = matmul_dtype, steps
+        ctx.save_for_backward(x_NE, weight_ih_3HE, weight_hh_3HH, states_TBH, factors_TBH, *saved)
         return states_TBH[1:]
 
     @staticmethod
     def backward(ctx: Any, d_out_TBH: Tensor) -> tuple[Tensor | None, ...]:
-        x_NE, weight_ih_3HE, weight_hh_3HH, states_TBH, factors_TBH, *kept = ctx.saved_tensors
+        x_NE, weight_ih_3HE, weight_hh_3HH, states_TBH, factors_TBH, *saved = ctx.saved_tensors
         (T, B, H), matmul_dtype, dtype = d_out_TBH.shape, ctx.matmul_dtype, states_TBH.dtype
         weight_ih_3HE, weight_hh_3HH = weight_ih_3HE.to(matmul_dtype), weight_hh_3HH.to(matmul_dtype)
         # Gradients of the sums that n, r and z are functions of, and of s = W_hn h + b_hn.
         d_gates_TB4H = workspace.take((T, B, 4 * H), x_NE)
-        if ctx.compiled:
-            nrs_TB3H, z_TBH = kept
+        if ctx.steps:
+            nrs_TB3H, z_TBH = saved
             d_h_BH = gru_cpu.backward(
-                ctx.compiled, d_out_TBH.contiguous(), nrs_TB3H, z_TBH, states_TBH, weight_hh_3HH, d_gates_TB4H
+                ctx.steps, d_out_TBH.contiguous(), nrs_TB3H, z_TBH, states_TBH, weight_hh_3HH, d_gates_TB4H
             )
         else:
-            d_h_BH = backward_steps(d_out_TBH, kept[0], states_TBH, weight_hh_3HH, d_gates_TB4H)
+            d_h_BH = backward_steps(d_out_TBH, saved[0], states_TBH, weight_hh_3HH, d_gates_TB4H)
         d_gates_N4H = d_gates_TB4H.view(T * B, 4 * H)
         from_x_N3H, from_h_N3H = d_gates_N4H[:, : 3 * H], d_gates_N4H[:, H:]
         d_x_TBE = torch.mm(from_x_N3H, n_first(weight_ih_3HE)).to(dtype).view(T, B, -1)
-        # The narrower factor is the one that is read transposed.
+        # The narrower factor is read transposed, which is the cheaper one to transpose.
         d_weight_ih_3HE = n_last(torch.mm(x_NE.t(), from_x_N3H).t().to(dtype))
         d_weight_hh_3HH = torch.mm(factors_TBH[:-1].view(T * B, H).t(), from_h_N3H).t().to(dtype)
         d_bias_4H = torch.mm(d_gates_N4H.new_ones(1, T * B), d_gates_N4H)[0].to(dtype)
-        torch.autograd.graph.increment_version(kept[0])  # by which a second backward is refused
-        workspace.give(d_gates_TB4H, *kept, *([factors_TBH] if factors_TBH is not states_TBH else []))
+        torch.autograd.graph.increment_version(saved[0])  # so that autograd refuses a second backward
+        workspace.give(d_gates_TB4H, *saved, *([factors_TBH] if factors_TBH is not states_TBH else []))
         d_bias_ih_3H, d_bias_hh_3H = n_last(d_bias_4H[: 3 * H]), d_bias_4H[H:]
         return d_x_TBE, d_h_BH, d_weight_ih_3HE, d_weight_hh_3HH, d_bias_ih_3H, d_bias_hh_3H, None, None
 
@@ -141,8 +144,8 @@ def forward_steps(
 ) -> None:
     """Do in torch what gru_cpu.forward does in C.
 
-    For each step [n | r | z | s] is kept, in this order, so that the products of x (n, r, z) and those of h (r, z, s)
-    are each a contiguous stretch. `factors` may be the states themselves.
+    Writes [n | r | z | s] of each step to `gates`. In this order, the matrix products of x (n, r, z) and those of h
+    (r, z, s) are each one contiguous stretch. `factors` may be the states themselves.
     """
     (T, B, H), rounded = states_TBH[1:].shape, factors_TBH is not states_TBH
     weight_hh_H3H = weight_hh_3HH.t().contiguous()
@@ -170,16 +173,16 @@ def forward_steps(
 def backward_steps(
     d_out_TBH: Tensor, gates_TB4H: Tensor, states_TBH: Tensor, weight_hh_3HH: Tensor, d_gates_TB4H: Tensor
 ) -> Tensor:
-    """What gru_cpu.backward does, in torch, from the gates that `forward_steps` kept."""
+    """Do in torch what gru_cpu.backward does in C, from the gates that `forward_steps` wrote."""
     (T, B, H), rounded = d_out_TBH.shape, d_gates_TB4H.dtype != gates_TB4H.dtype
     gates_TB4xH = gates_TB4H.unflatten(2, (4, H))
-    exact_B4xH = gates_TB4H.new_empty(B, 4, H)  # before rounding; of one step, so that it stays in cache
+    exact_B4xH = gates_TB4H.new_empty(B, 4, H)  # not rounded yet; of one step, so that it stays in the cache
     product_BH = weight_hh_3HH.new_empty(B, H)
     summand_BH = product_BH.to(gates_TB4H.dtype)
     slopes_TB4xH = gates_TB4H.new_empty(min(T, BLOCK), B, 4, H)
     scratch_TBH = gates_TB4H.new_empty(min(T, BLOCK), B, H)
     dh_BH, next_BH = d_out_TBH[-1].clone(), torch.empty_like(summand_BH)
-    d_before = [torch.zeros_like(dh_BH), *d_out_TBH.unbind()[:-1]]  # from the output, for the state before each
+    d_before = [torch.zeros_like(dh_BH), *d_out_TBH.unbind()[:-1]]  # from the output, for the state before each step
     z, slopes = gates_TB4xH[:, :, 2].unbind(), slopes_TB4xH.unbind()
     d_gates, from_h = d_gates_TB4H.unflatten(2, (4, H)).unbind(), d_gates_TB4H[:, :, H:].unbind()
     for start in reversed(range(0, T, BLOCK)):
@@ -199,7 +202,7 @@ def backward_steps(
 
 
 def slopes_of_h(gates_TB4xH: Tensor, before_TBH: Tensor, slopes_TB4xH: Tensor, scratch_TBH: Tensor) -> None:
-    """Derivatives of h_t by the sums that n, r and z are functions of, and by s = W_hn h + b_hn:
+    """Write the derivatives of h_t by the sums that n, r and z are functions of, and by s = W_hn h + b_hn:
 
     (1 - z)(1 - n^2);  (1 - z)(1 - n^2) s r (1 - r);  (h_{t-1} - n) z (1 - z);  (1 - z)(1 - n^2) r
     """
@@ -214,21 +217,21 @@ def slopes_of_h(gates_TB4xH: Tensor, before_TBH: Tensor, slopes_TB4xH: Tensor, s
 
 
 def tanh_(x: Tensor) -> Tensor:
-    """tanh x = 2 sigmoid(2 x) - 1, in place: on CPUs torch's sigmoid is several times as fast as its tanh."""
+    """Compute tanh x = 2 sigmoid(2 x) - 1 in place: on CPUs torch's sigmoid is several times as fast as its tanh."""
     return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
 def n_first(rows_3H: Tensor) -> Tensor:
-    """torch.nn.GRU's order r, z, n of blocks of rows, as n, r, z."""
+    """Return blocks of rows in torch.nn.GRU's order r, z, n as n, r, z."""
     return rows_3H.roll(len(rows_3H) // 3, 0)
 
 
 def n_last(rows_3H: Tensor) -> Tensor:
-    """n, r, z as r, z, n."""
+    """Return blocks of rows in the order n, r, z as r, z, n, torch.nn.GRU's order."""
     return rows_3H.roll(-(len(rows_3H) // 3), 0)
 
 
 def dropout_mask(share: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Zeros with probability `share`, else 1 / (1 - share)."""
+    """Return a tensor of zeros, with probability `share`, and 1 / (1 - share)."""
     assert 0 <= share < 1 and math.prod(shape) > 0
     return (torch.rand(shape, generator=generator) >= share).float() / (1 - share)

@@ -1,11 +1,11 @@
-/* The language model as it serves: states and tokens in, states and logits out, no gradients.
+/* The language model for inference: states and tokens in, states and logits out, no gradients.
 
-   Weights of matrix products are bf16, two of them in 32 bits, since what a step costs is reading them; all else is
-   fp32, the sums too. A row's sums are added up in one order, whatever is beside it, so its bits depend on no other row
-   and not on how many there are.
+   Weights of matrix products are bf16, two of them in 32 bits, because the cost of a step is that of reading them;
+   all else is fp32, the sums too. A row's sums are added in one order, whatever rows are beside it, so its bits depend
+   neither on other rows nor on their number.
 
-   Compiled for the machine it runs on, by decoder.py. N rows; T time, S streams, E embedding, H hidden width, V
-   vocabulary; E and H are multiples of UNITS. Equations: recurrence.py, language_model.py. */
+   native.py compiles it for the machine it runs on. N rows; T time steps, S streams, E embedding width, H hidden width,
+   V vocabulary; E and H are multiples of UNITS. Equations: gru_layer.py, language_model.py. */
 
 #include <math.h>
 #include <string.h>
@@ -13,7 +13,7 @@
 #include "vectors.h"
 
 #if defined(__AVX512F__)
-enum { ROWS = 12 }; /* in a tile: its sums fill the registers, nearly */
+enum { ROWS = 12 }; /* rows in a tile, whose sums nearly fill the registers */
 #elif defined(__aarch64__)
 enum { ROWS = 12 };
 #else
@@ -21,14 +21,14 @@ enum { ROWS = 6 };
 #endif
 
 typedef struct {
-    int64_t in, out;        /* out: rounded up to a multiple of UNITS, and so wide are the rows of results */
-    const int32_t *weights; /* [out / UNITS, in, WIDTH]: of the units i and i + WIDTH of a block, the low and high half */
+    int64_t in, out;        /* out: rounded up to a multiple of UNITS; the width of a row of results */
+    const int32_t *weights; /* [out / UNITS, in, WIDTH]: low half unit i of a block, high half unit i + WIDTH */
     const float *bias;      /* [out], or NULL */
 } Linear;
 
 typedef struct {
     const float *norm;             /* [E] */
-    Linear from_x, from_h, project; /* gates r, z, n, as in torch.nn.GRU; project.in is 0 where there is none */
+    Linear from_x, from_h, project; /* gates r, z, n, as in torch.nn.GRU; project.in is 0 without projection */
 } Layer;
 
 typedef struct {
@@ -39,7 +39,7 @@ typedef struct {
     Linear output;
 } Model;
 
-/* `rows` rows times `blocks` blocks of UNITS units. */
+/* Multiply `rows` rows by `blocks` blocks of UNITS units. */
 static inline __attribute__((always_inline)) void tile(const Linear *linear, int64_t unit, const float *x, float *y,
                                                        const int rows, const int blocks) {
     const int32_t *weights = linear->weights + unit / 2 * linear->in;
@@ -48,7 +48,7 @@ static inline __attribute__((always_inline)) void tile(const Linear *linear, int
     for (int row = 0; row < rows; row++)
 #pragma GCC unroll 4
         for (int half = 0; half < 2 * blocks; half++)
-            sum[row][half] = linear->bias ? load(linear->bias + unit + half * WIDTH) : all(0.0f);
+            sum[row][half] = linear->bias ? load(linear->bias + unit + half * WIDTH) : broadcast(0.0f);
     for (int64_t k = 0; k < linear->in; k++) {
 #pragma GCC unroll 2
         for (int block = 0; block < blocks; block++) {
@@ -56,7 +56,7 @@ static inline __attribute__((always_inline)) void tile(const Linear *linear, int
             const vec low = (vec)(both << 16), high = (vec)(both & (int32_t)0xffff0000);
 #pragma GCC unroll 12
             for (int row = 0; row < rows; row++) {
-                const vec factor = all(x[row * linear->in + k]);
+                const vec factor = broadcast(x[row * linear->in + k]);
                 sum[row][2 * block] += factor * low;
                 sum[row][2 * block + 1] += factor * high;
             }
@@ -74,7 +74,7 @@ static inline __attribute__((always_inline)) void tile(const Linear *linear, int
 /* y [N, out] = x [N, in] times the weights, plus the bias. */
 static void multiply(const Linear *linear, int64_t N, const float *x, float *y) {
     int64_t unit = 0;
-    if (N == 1) /* one row's sums are too few to keep the processor busy */
+    if (N == 1) /* the sums of one row are too few to keep the processor busy */
         for (; unit + 2 * UNITS <= linear->out; unit += 2 * UNITS) tile(linear, unit, x, y, 1, 2);
     for (; unit < linear->out; unit += UNITS)
         for (int64_t row = 0; row < N; row += ROWS) switch (N - row < ROWS ? N - row : ROWS) {
@@ -88,10 +88,10 @@ static float sum_of(vec x) {
     return sum;
 }
 
-/* LayerNorm without bias; torch's epsilon. */
+/* LayerNorm without bias, with torch's epsilon. */
 static void normalize(int64_t N, int64_t E, const float *x, const float *scale, float *y) {
     for (const float *after = x + N * E; x < after; x += E, y += E) {
-        vec sum = all(0.0f), squares = all(0.0f);
+        vec sum = broadcast(0.0f), squares = broadcast(0.0f);
         for (int64_t i = 0; i < E; i += WIDTH) sum += load(x + i);
         const float mean = sum_of(sum) / E;
         for (int64_t i = 0; i < E; i += WIDTH) {
@@ -103,8 +103,8 @@ static void normalize(int64_t N, int64_t E, const float *x, const float *scale, 
     }
 }
 
-/* The state [S, H] after a step, from the products of the input and of the state before. */
-static void advance(int64_t S, int64_t H, int64_t out, const float *from_x, const float *from_h, float *state) {
+/* Compute the state [S, H] after a step, from the matrix products of the input and of the state before. */
+static void step(int64_t S, int64_t H, int64_t out, const float *from_x, const float *from_h, float *state) {
     for (int64_t lane = 0; lane < S; lane++, from_x += out, from_h += out, state += H)
         for (int64_t i = 0; i < H; i += WIDTH) {
             const vec r = sigmoid(load(from_x + i) + load(from_h + i));
@@ -114,7 +114,7 @@ static void advance(int64_t S, int64_t H, int64_t out, const float *from_x, cons
         }
 }
 
-/* What the output layer reads, x [T, S, E], and the states [L, S, H] after `tokens` [T, S] from those before.
+/* Compute the input of the output layer, x [T, S, E], and the states [L, S, H] after `tokens` [T, S], in place.
 
    scratch: N (E + H + from_x.out) + S from_h.out floats, where N = T S. */
 void features(const Model *m, int64_t T, int64_t S, const int64_t *tokens, float *states, float *x, float *scratch) {
@@ -128,7 +128,7 @@ void features(const Model *m, int64_t T, int64_t S, const int64_t *tokens, float
         multiply(&l->from_x, N, inner, from_x);
         for (int64_t t = 0; t < T; t++) {
             multiply(&l->from_h, S, states, from_h);
-            advance(S, H, l->from_x.out, from_x + t * S * l->from_x.out, from_h, states);
+            step(S, H, l->from_x.out, from_x + t * S * l->from_x.out, from_h, states);
             memcpy(outs + t * S * H, states, S * H * sizeof *states);
         }
         if (l->project.in) multiply(&l->project, N, outs, inner);
@@ -138,7 +138,7 @@ void features(const Model *m, int64_t T, int64_t S, const int64_t *tokens, float
     normalize(N, E, x, m->norm, x);
 }
 
-/* [N, output.out] of x [N, E]. */
+/* Compute the logits y [N, output.out] of x [N, E]. */
 void logits(const Model *m, int64_t N, const float *x, float *y) { multiply(&m->output, N, x, y); }
 
 const int64_t width = WIDTH, units = UNITS;

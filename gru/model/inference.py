@@ -1,7 +1,7 @@
-"""The language model as it serves on a CPU: inference.c as a function of tokens and states.
+"""The language model for inference on a CPU: inference.c as a function of tokens and states.
 
-Weights of matrix products are rounded to bf16 once, when it is made: a step costs what reading them costs. T time,
-S streams, L layers, E embedding, H hidden width, V vocabulary.
+Weights of matrix products are rounded to bf16 once, at construction, because the cost of a step is that of reading
+them. T time steps, S streams, L layers, E embedding width, H hidden width, V vocabulary.
 """
 
 import ctypes
@@ -47,10 +47,10 @@ class _Model(ctypes.Structure):
 
 
 class NativeModel:
-    """What `GRULanguageModel` computes, with the same interface, without gradients, one sequence of sums for each row:
-    its bits depend on no other row, nor on how many rows or time steps are computed at once.
+    """A `GRULanguageModel` computed by inference.c, with the same interface, without gradients.
 
-    The model's weights must not change; those that are not rounded are shared with it.
+    The sums of each row are added in one order, so its bits depend neither on other rows nor on how many rows or time
+    steps are computed at once. The model's weights must not change: those that are not rounded are shared with it.
     """
 
     def __init__(self, model: GRULanguageModel, library: ctypes.CDLL) -> None:
@@ -58,7 +58,7 @@ class NativeModel:
         self.vocab_size = model.vocab_size
         self.initial_state = model.initial_state
         self._library = library
-        self._kept: list[Tensor] = []  # what C reads
+        self._tensors: list[Tensor] = []  # the memory that C reads, kept alive
         layers = (_Layer * config.layers)(*map(self._layer, model.blocks))  # type: ignore[arg-type]
         self._model = _Model(
             config.layers,
@@ -71,23 +71,23 @@ class NativeModel:
         )
 
     def __call__(self, tokens_TS: Tensor, state_LSH: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [T, S, V] and the next state."""
+        """Return the logits [T, S, V] and the next state."""
         x_TSE, state_LSH = self.features(tokens_TS, state_LSH)
         return self.logits(x_TSE), state_LSH
 
     def features(self, tokens_TS: Tensor, state_LSH: Tensor) -> tuple[Tensor, Tensor]:
-        """What the output layer reads [T, S, E], and the next state."""
+        """Return the input of the output layer [T, S, E], and the next state."""
         (T, S), E, H = tokens_TS.shape, self._model.E, self._model.H
         tokens_TS, state_LSH = tokens_TS.contiguous(), state_LSH.clone(memory_format=torch.contiguous_format)
         x_TSE = torch.empty(T, S, E)
-        wide = self._model.layers[0].from_x.out
-        scratch = torch.empty(T * S * (E + H + wide) + S * wide)
+        gates_width = self._model.layers[0].from_x.out
+        scratch = torch.empty(T * S * (E + H + gates_width) + S * gates_width)
         pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (tokens_TS, state_LSH, x_TSE, scratch))
         self._library.features(ctypes.byref(self._model), ctypes.c_int64(T), ctypes.c_int64(S), *pointers)
         return x_TSE, state_LSH
 
     def logits(self, x_TSE: Tensor) -> Tensor:
-        """Of the next token [..., V], from what `features` gives."""
+        """Return the logits of the next token [..., V], from the result of `features`."""
         *shape, E = x_TSE.shape
         x_NE = x_TSE.reshape(-1, E).contiguous()
         y_NV = torch.empty(len(x_NE), self._model.output.out)
@@ -106,22 +106,22 @@ class NativeModel:
         )
 
     def _linear(self, weight_OI: Tensor, bias_O: Tensor | None = None) -> _Linear:
-        """Weights packed as inference.c reads them: [out / UNITS, in, WIDTH] pairs of bf16."""
+        """Return the weights packed as inference.c reads them: [out / UNITS, in, WIDTH] pairs of bf16."""
         units, (out, inputs) = native.constant(self._library, "units"), weight_OI.shape
-        missing = -out % units
-        padded = F.pad(weight_OI.detach(), (0, 0, 0, missing)).to(torch.bfloat16)
+        padding = -out % units
+        padded = F.pad(weight_OI.detach(), (0, 0, 0, padding)).to(torch.bfloat16)
         packed = padded.view(-1, 2, units // 2, inputs).permute(0, 3, 2, 1).contiguous()
-        bias = None if bias_O is None else self._pointer(F.pad(bias_O.detach(), (0, missing)))
-        return _Linear(inputs, out + missing, self._pointer(packed), bias)
+        bias = None if bias_O is None else self._pointer(F.pad(bias_O.detach(), (0, padding)))
+        return _Linear(inputs, out + padding, self._pointer(packed), bias)
 
     def _pointer(self, tensor: Tensor) -> int:
-        kept = tensor.detach().contiguous()
-        self._kept.append(kept)
-        return kept.data_ptr()
+        contiguous = tensor.detach().contiguous()
+        self._tensors.append(contiguous)
+        return contiguous.data_ptr()
 
 
 def inference_model(model: GRULanguageModel) -> NativeModel | GRULanguageModel:
-    """What is fastest to serve the model with: the model itself where inference.c does not suit it or the machine."""
+    """Return the fastest form of the model for inference: itself where inference.c does not suit it or the machine."""
     config = model.config
     library = _library() if config.cell == "gru" and model.output_bias.device.type == "cpu" else None
     if library is None:
@@ -135,5 +135,5 @@ def _library() -> ctypes.CDLL | None:
     try:
         return native.library(SOURCE)
     except OSError as reason:
-        log.info("torch serves, which is slower than inference.c: %s", reason)
+        log.info("torch computes inference, slower than inference.c, which did not compile: %s", reason)
         return None

@@ -1,7 +1,7 @@
-"""A language model on GRUs, or on another recurrent cell: token ids and a state in, logits and the next state out.
+"""A language model on GRUs or other recurrent cells: token ids and a state in, logits and the next state out.
 
 Plain PyTorch. It knows nothing of corpora, Ray, MLflow or the environment.
-T time, B lanes, L layers, E embedding, H state (of the GRU: its hidden width), V vocabulary.
+T time steps, B lanes, L layers, E embedding width, H state width (of the GRU: its hidden width), V vocabulary.
 """
 
 import re
@@ -33,6 +33,7 @@ class Block(nn.Module):
         self.project = nn.Linear(hidden, width, bias=False) if hidden != width else nn.Identity()
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor, mask_BE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the output [T, B, E] and the cell's next state. mask: multiplies the cell's input at each step."""
         inner = self.norm(x_TBE)
         if mask_BE is not None:
             inner = inner * mask_BE
@@ -45,9 +46,9 @@ class Block(nn.Module):
 class GRULanguageModel(nn.Module):
     """Embedding, residual recurrent blocks, norm, and an output layer tied to the embedding (arXiv:1608.05859).
 
-    products: what the factors of the cells' and the loss's matrix products are rounded to. All that does not train
-    (serving, evaluation) leaves it at fp32: rows of a batch then come out alike at any width, and scores alike on any
-    machine.
+    matmul_dtype: the type to which the factors of the cells' and the loss's matrix products are rounded. Serving and
+    evaluation leave it at fp32: then a row has the same bits whatever the width of its batch, and a score is the same
+    on any machine.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
@@ -55,30 +56,32 @@ class GRULanguageModel(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.matmul_dtype = matmul_dtype
-        self.state_width = CELLS[config.cell].vectors * config.hidden
+        self.state_width = CELLS[config.cell].state_vectors * config.hidden
         self.embedding = nn.Embedding(vocab_size, config.embedding)
         self.blocks = nn.ModuleList(
             Block(config.cell, config.embedding, config.hidden, matmul_dtype) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.embedding, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        # Small: with a tied output, a large embedding in the residual stream predicts each token to follow itself.
+        # With a tied output, a large embedding in the residual stream would predict that each token follows itself.
         nn.init.normal_(self.embedding.weight, std=0.02)
 
     def initial_state(self, lanes: int) -> Tensor:
-        """Zeros [L, B, H], on the model's device."""
+        """Return zeros [L, B, H], on the model's device."""
         return self.output_bias.new_zeros(self.config.layers, lanes, self.state_width)
 
     def dropout_masks(self, lanes: int, generator: torch.Generator) -> Tensor | None:
-        """Masks [L + 1, B, E] for one window: each lane drops the same features at every time step
-        (Gal & Ghahramani 2016, arXiv:1512.05287). None without dropout."""
+        """Return the dropout masks [L + 1, B, E] of one window; None without dropout.
+
+        Each lane drops the same features at every time step (Gal & Ghahramani 2016, arXiv:1512.05287).
+        """
         if not self.config.dropout:
             return None
         shape = (self.config.layers + 1, lanes, self.config.embedding)
         return dropout_mask(self.config.dropout, shape, generator).to(self.output_bias.device)
 
     def forward(self, tokens_TB: Tensor, state_LBH: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [T, B, V] of the token after each one given, and the state [L, B, H] after the last.
+        """Return the logits [T, B, V] of the token after each input token, and the state [L, B, H] after the last.
 
         tokens_TB: integer ids below V.
         """
@@ -86,7 +89,7 @@ class GRULanguageModel(nn.Module):
         return self.logits(x_TBE), state_LBH
 
     def logits(self, x_TBE: Tensor) -> Tensor:
-        """Of the next token [..., V], from what `features` gives."""
+        """Return the logits of the next token [..., V], from the result of `features`."""
         return F.linear(x_TBE, self.embedding.weight, self.output_bias)
 
     def loss(
@@ -97,7 +100,7 @@ class GRULanguageModel(nn.Module):
         masks: Tensor | None = None,
         weights_TB: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy with the targets in nats, times the weight of each where given, and the next state.
+        """Return the summed cross-entropy in nats, weighted by `weights` if given, and the next state.
 
         masks: from `dropout_masks`, for training only. The logits are never in memory all at once.
         """
@@ -114,7 +117,7 @@ class GRULanguageModel(nn.Module):
         return total, state_LBH
 
     def features(self, tokens_TB: Tensor, state_LBH: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the output layer reads [T, B, E], and the next state."""
+        """Return the input of the output layer [T, B, E], and the next state."""
         x_TBE = self.embedding(tokens_TB)
         states = []
         for layer, block in enumerate(self.blocks):

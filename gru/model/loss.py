@@ -1,20 +1,24 @@
-"""The output layer and its loss, without the logits of a whole window in memory.
+"""The output layer with its cross-entropy loss, and the loss of a model over a stream of batches.
 
-N tokens, C tokens of a chunk, E embedding width, V vocabulary.
+The logits of a whole window are never in memory at once.
+N tokens, C tokens of a chunk, K tokens of a block, E embedding width, V vocabulary, T time steps, B lanes.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gru.model.interface import LanguageModel
 from gru.model.workspace import workspace
 
 CHUNK_LOGITS = 1 << 24
-"""Most logits in memory at a time: 32 MiB in bf16."""
+"""Largest number of logits in memory at a time: 32 MiB in bf16."""
 
 BLOCK_LOGITS = 1 << 19
-"""Logits whose softmax is computed at once: few enough to stay in cache."""
+"""Largest number of logits whose softmax is computed at once: few enough to stay in the cache."""
 
 
 def cross_entropy(
@@ -25,16 +29,18 @@ def cross_entropy(
     weights_N: Tensor | None,
     matmul_dtype: torch.dtype,
 ) -> Tensor:
-    """Summed cross-entropy in nats of softmax(x W^T + b) with the targets, times the weight of each where given.
+    """Return the summed cross-entropy of softmax(x W^T + b) with the targets, in nats, weighted by `weights` if given.
 
-    `products` is the type that the factors of matrix products are rounded to; everything else stays in the type of x.
+    `matmul_dtype` is the type to which the factors of matrix products are rounded; all else stays in the type of x.
     """
     return CrossEntropy.apply(x_NE, weight_VE, bias_V, targets_N, weights_N, matmul_dtype, torch.is_grad_enabled())
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Computes the gradients along with the loss, chunk by chunk, so that logits are neither kept nor computed twice:
-    with a sum, all that backward can add is one factor. It can be run only once."""
+    """The loss and its gradients, computed together chunk by chunk, so that logits are neither stored nor recomputed.
+
+    The loss is a sum, so backward only multiplies the gradients by one number. It can run only once.
+    """
 
     @staticmethod
     def forward(
@@ -50,7 +56,7 @@ class CrossEntropy(torch.autograd.Function):
         N, V = len(x_NE), len(weight_VE)
         chunk, block = (min(N, max(1, most // V)) for most in (CHUNK_LOGITS, BLOCK_LOGITS))
         factor_NE, factor_VE = x_NE.to(matmul_dtype), weight_VE.to(matmul_dtype)
-        factor_EV = factor_VE.t().contiguous()  # products of contiguous factors are fastest
+        factor_EV = factor_VE.t().contiguous()  # matrix products of contiguous factors are fastest
         logits_CV = workspace.take((chunk, V), factor_NE)
         exact_KV = workspace.take((block, V), x_NE)
         if differentiate:
@@ -61,23 +67,23 @@ class CrossEntropy(torch.autograd.Function):
             rows = slice(start, min(start + chunk, N))
             logits = torch.mm(factor_NE[rows], factor_EV, out=logits_CV[: rows.stop - start])
             for first in range(start, rows.stop, block):
-                some = slice(first, min(first + block, rows.stop))
-                part = logits[first - start : some.stop - start]
+                block_rows = slice(first, min(first + block, rows.stop))
+                part = logits[first - start : block_rows.stop - start]
                 exact = exact_KV[: len(part)].copy_(part).add_(bias_V)
                 torch.log_softmax(exact, 1, out=exact)
-                targets_K1 = targets_N[some].unsqueeze(1)
+                targets_K1 = targets_N[block_rows].unsqueeze(1)
                 losses_K = -exact.gather(1, targets_K1).squeeze(1)
-                total += losses_K.sum() if weights_N is None else losses_K.dot(weights_N[some])
+                total += losses_K.sum() if weights_N is None else losses_K.dot(weights_N[block_rows])
                 if not differentiate:
                     continue
                 exact.exp_().scatter_add_(1, targets_K1, exact.new_full((), -1).expand_as(targets_K1))
                 if weights_N is not None:
-                    exact *= weights_N[some].unsqueeze(1)
+                    exact *= weights_N[block_rows].unsqueeze(1)
                 d_bias_V += exact.sum(0)
-                part.copy_(exact)  # now a gradient
+                part.copy_(exact)  # from here on, the gradient of the logits
             if differentiate:
                 d_x_NE[rows] = torch.mm(logits, factor_VE)
-                d_weight_EV += torch.mm(factor_NE[rows].t(), logits).to(x_NE.dtype)  # read transposed: the narrower
+                d_weight_EV += torch.mm(factor_NE[rows].t(), logits).to(x_NE.dtype)  # the narrower one is transposed
         workspace.give(logits_CV, exact_KV)
         if differentiate:
             ctx.save_for_backward(d_x_NE, d_weight_EV.t().contiguous(), d_bias_V)
@@ -86,3 +92,19 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         return *(gradient.mul_(d_total) for gradient in ctx.saved_tensors), None, None, None, None
+
+
+@torch.inference_mode()
+def stream_loss(model: LanguageModel, batches: Iterable[tuple[np.ndarray, ...]], lanes: int) -> float:
+    """Return the summed loss, in nats, over batches of (inputs, targets, weights), each [T, lanes].
+
+    The model's state is carried from batch to batch.
+    """
+    device = model.output_bias.device
+    state_LBH = model.initial_state(lanes)
+    total = 0.0
+    for batch in batches:
+        inputs_TB, targets_TB, weights_TB = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch)
+        loss, state_LBH = model.loss(inputs_TB, targets_TB, state_LBH, weights_TB=weights_TB)
+        total += float(loss)
+    return total

@@ -1,6 +1,6 @@
-"""Which type the factors of matrix products are rounded to in training: bf16 where that is faster, else fp32.
+"""The precision of training: the factors of matrix products are rounded to bf16 where that is faster, else fp32.
 
-Weights, states, gates, sums and losses are fp32 with both.
+Weights, states, gates, sums and losses are fp32 in both cases.
 """
 
 import logging
@@ -15,13 +15,13 @@ from gru.config import ModelConfig
 Precision = Literal["bf16", "fp32"]
 MATMUL_DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ADVANTAGE = 1.3
-"""How many times faster bf16 must be: processors have it at half the speed of fp32, the same, or twice and more."""
+"""The speed of bf16 relative to fp32 above which it is chosen: processors reach a half, 1, 2 or more."""
 
 log = logging.getLogger(__name__)
 
 
 def resolve(config: ModelConfig, device: torch.device) -> Precision:
-    """The precision that a model's config means on a device."""
+    """Return the precision that a model's config means on a device."""
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":
@@ -31,11 +31,11 @@ def resolve(config: ModelConfig, device: torch.device) -> Precision:
 
 @cache
 def bf16_advantage() -> float:
-    """How many times faster than fp32 this processor multiplies matrices in bf16; measured, in a few hundredths of a
-    second.
+    """Return how many times as fast as in fp32 this processor multiplies matrices in bf16.
 
-    The instruction sets that it names do not tell: Intel's Sapphire Rapids has AVX512-BF16 at half the rate of fp32,
-    and the matrix unit that makes it fast (AMX) may be hidden from a virtual machine.
+    It is measured, in a few hundredths of a second, because the processor's instruction sets do not tell: Intel's
+    Sapphire Rapids has AVX512-BF16 at half the rate of fp32, and the matrix unit that makes it fast (AMX) may be hidden
+    from a virtual machine.
     """
     best: dict[torch.dtype, float] = {}
     factors = {
@@ -48,5 +48,5 @@ def bf16_advantage() -> float:
             torch.mm(left, right)
             best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - started)
     advantage = best[torch.float32] / best[torch.bfloat16]
-    log.info("bf16 matrix products run %.1f times as fast as fp32 here", advantage)
+    log.info("bf16 matrix products run %.1f times as fast as fp32 on this processor", advantage)
     return advantage

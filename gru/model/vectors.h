@@ -1,4 +1,4 @@
-/* Vectors of floats as wide as the machine's registers, and what the gates need of them. */
+/* Vectors of floats as wide as the machine's registers, and the functions of the gates on them. */
 
 #include <stdint.h>
 
@@ -18,18 +18,18 @@ static inline vec load(const float *from) { return *(const vec *)from; }
 
 static inline void store(float *to, vec x) { *(vec *)to = x; }
 
-static inline vec all(float x) { return x - (vec){0}; }
+static inline vec broadcast(float x) { return x - (vec){0}; }
 
-static inline vec limited(vec x, float low, float high) { /* not a number stays what it is */
+static inline vec clamp(vec x, float low, float high) { /* NaN stays NaN */
     const ints below = x < low, above = x > high;
-    return (vec)(((ints)x & ~(below | above)) | ((ints)all(low) & below) | ((ints)all(high) & above));
+    return (vec)(((ints)x & ~(below | above)) | ((ints)broadcast(low) & below) | ((ints)broadcast(high) & above));
 }
 
-/* 2^x for x in [-126, 126], and the nearest of these for others: a polynomial of the remainder in [-1/2, 1/2] (Taylor
-   in x ln 2, off by 2e-7 at most), times a power made of its exponent. */
+/* 2^x, with x clamped to [-126, 126]: a polynomial of the remainder in [-1/2, 1/2] (Taylor series in x ln 2, with an
+   error of at most 2e-7), times a power of two built from its exponent. */
 static inline vec power_of_two(vec x) {
-    const float round = 12582912.0f; /* 1.5 * 2^23: to which only whole numbers can be added */
-    x = limited(x, -126.0f, 126.0f);
+    const float round = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    x = clamp(x, -126.0f, 126.0f);
     const vec whole = (x + round) - round;
     const vec f = x - whole;
     vec sum = f * 1.5403530e-4f + 1.3333558e-3f;

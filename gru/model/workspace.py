@@ -1,4 +1,4 @@
-"""Large buffers that are used again: memory new from the system costs more to touch than much work on it."""
+"""A pool of large buffers: the first access to memory from the system costs more than much of the work on it."""
 
 from collections import defaultdict
 
@@ -7,20 +7,21 @@ from torch import Tensor
 
 
 class Workspace:
-    """A buffer that is not given back, because no backward came, is freed as any tensor is."""
+    """Free buffers by shape, type and device. A buffer that is never given back is freed like any other tensor."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
 
     def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """A buffer with any content, of the type and on the device of `like`."""
+        """Return a buffer with arbitrary content, of the type and on the device of `like`."""
         try:
             return self._free[shape, like.dtype, like.device].pop()
         except IndexError:
-            with torch.inference_mode(False):  # it may be used for training next
+            with torch.inference_mode(False):  # a later caller may use it for training
                 return torch.empty(shape, dtype=like.dtype, device=like.device)
 
     def give(self, *buffers: Tensor) -> None:
+        """Return buffers to the pool; their content may change from now on."""
         for buffer in buffers:
             self._free[tuple(buffer.shape), buffer.dtype, buffer.device].append(buffer)
 

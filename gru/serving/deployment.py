@@ -14,10 +14,9 @@ import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.serve._private import replica
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
-from ray.serve.context import _get_global_client
 
+from gru import ray_internals
 from gru.config import ServeConfig, ServeResources, content_key
 from gru.errors import UserError
 from gru.network import require_bindable
@@ -76,10 +75,8 @@ def _stay_on_loopback() -> None:
     opens the port after it has called the deployment's constructor.
     """
     address = ray.util.get_node_ip_address()
-    if not address.startswith("127."):
-        return
-    open_port = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, target: open_port(server, target.replace("[::]", address))
+    if address.startswith("127."):
+        ray_internals.bind_replica_to(address)
 
 
 def deploy(config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str) -> None:
@@ -125,8 +122,8 @@ def _scaling_options(config: ServeConfig) -> dict[str, Any]:
 
     A single replica gets this router, too, since the proxies keep the router that they started with.
     """
-    router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
-    routing = {"request_router_config": RequestRouterConfig(request_router_class=router)}  # type: ignore[arg-type]
+    router: Any = ray_internals.CONSISTENT_HASH_ROUTER
+    routing = {"request_router_config": RequestRouterConfig(request_router_class=router)}
     if config.max_replicas is None:
         return {"num_replicas": config.replicas, **routing}
     arguments = {"tokens_per_replica": config.tokens_per_replica}
@@ -153,7 +150,7 @@ def _ensure_address(host: str, port: int) -> None:
     Serve has one address for all applications of a cluster, so it is shut down if it has another address and runs
     nothing but the endpoint.
     """
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = ray_internals.running_serve_client()
     if client is not None:
         running = client.http_config
         if (running.host, running.port) == (host, port):

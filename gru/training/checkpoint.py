@@ -1,7 +1,7 @@
-"""One checkpoint: a directory of safetensors and JSON, complete when `digests.json` is there and true.
+"""Checkpoints: directories of safetensors and JSON files, each complete once its `digests.json` exists and matches.
 
-Knows names and digests of files; it does not know what a learner keeps in them. Nothing that is loaded can
-execute code.
+This module knows names and digests of files, and not what a learner stores in them. Loading executes no code from a
+file.
 """
 
 import json
@@ -29,10 +29,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`tensors` by file stem and name, such as tensors["model"]["embedding.weight"]; `state` is plain JSON."""
+    """The content of a checkpoint."""
 
     tensors: dict[str, dict[str, Tensor]]
+    """Tensors by file stem and name, such as tensors["model"]["embedding.weight"]."""
     state: dict[str, Any]
+    """Plain JSON: the step, the identity of the run, the points to log, ..."""
     path: str | None = None
     """The directory that it was loaded from."""
 
@@ -43,17 +45,21 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """The number of steps that were trained."""
         return self.state["step"]
 
     @property
     def heldout_loss(self) -> float | None:
-        """Nats per token, if it was measured with these weights."""
+        """The held-out loss in nats per token; None if it was not measured with these weights."""
         return self.state.get("heldout_loss")
 
 
 def save(checkpoint: Checkpoint, path: str) -> None:
-    """Write a checkpoint to storage, a file at a time; it is complete, and found, with the last of them. Raises what
-    the storage raises, with as much of it gone as the storage lets go: half a checkpoint must not fill a full disk."""
+    """Write a checkpoint to storage, file by file; the last file, the digests, completes it.
+
+    If the storage raises an error, removes what was written, as far as the storage allows it, and raises that error:
+    a partial checkpoint must not fill up a disk that is already full.
+    """
     digests: dict[str, str] = {}
 
     def write(name: str, data: bytes) -> None:
@@ -72,7 +78,7 @@ def save(checkpoint: Checkpoint, path: str) -> None:
 
 
 def load(path: str) -> Checkpoint:
-    """Raises DamagedFiles."""
+    """Read a checkpoint and verify its digests. Raises DamagedFiles."""
     files = read_verified(path)
     tensors = {
         name.removesuffix(".safetensors"): load_tensors(data)
@@ -83,73 +89,76 @@ def load(path: str) -> Checkpoint:
 
 
 def new_name(step: int) -> str:
-    """A name never used before: a step that is reached again must not overwrite what is being read."""
+    """Return a unique name, so that a step that is trained again does not overwrite a checkpoint that is being read."""
     return f"step-{step:09d}-{secrets.token_hex(3)}"
 
 
 def paths(run: str) -> list[str]:
-    """Paths of a run's checkpoint directories, newest step first, whole or not."""
-    found = [name for name in storage.names(run) if re.fullmatch(r"step-\d{9}-[0-9a-f]{6}", name)]
-    return [storage.join(run, name) for name in sorted(found, reverse=True)]
+    """Return the paths of a run's checkpoint directories, newest step first, incomplete ones included."""
+    names = [name for name in storage.names(run) if re.fullmatch(r"step-\d{9}-[0-9a-f]{6}", name)]
+    return [storage.join(run, name) for name in sorted(names, reverse=True)]
 
 
 def newest(run: str, identity: dict[str, Any]) -> str | None:
-    """The path of the newest undamaged checkpoint of a run; damaged ones are named in the log.
+    """Return the path of a run's newest undamaged checkpoint; log a warning for each damaged one.
 
-    Raises UserError if it was made from anything but `identity` (dataset digest, model, ...).
+    Raises UserError if it belongs to a run with another `identity` (dataset digest, model, ...).
     """
     for path in paths(run):
         try:
             checkpoint = load(path)
         except DamagedFiles as damage:
-            log.warning("checkpoint not used: %s", damage)
+            log.warning("skipping a damaged checkpoint: %s", damage)
             continue
-        for key, wanted in identity.items():
-            found = checkpoint.state["identity"].get(key)
-            if found != wanted:
-                raise UserError(f"{path}: cannot resume: {_difference(key, found, wanted)}")
+        for key, expected in identity.items():
+            actual = checkpoint.state["identity"].get(key)
+            if actual != expected:
+                raise UserError(f"{path}: cannot resume: {_difference(key, actual, expected)}")
         return path
     return None
 
 
-def _difference(key: str, found: Any, wanted: Any) -> str:
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        name = next(name for name in found | wanted if found.get(name) != wanted.get(name))
-        return _difference(f"{key}.{name}", found.get(name), wanted.get(name))
-    return f"its {key} is {found}, but this run's is {wanted}"
+def _difference(key: str, actual: Any, expected: Any) -> str:
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        name = next(name for name in actual | expected if actual.get(name) != expected.get(name))
+        return _difference(f"{key}.{name}", actual.get(name), expected.get(name))
+    return f"its {key} is {actual}, but this run's is {expected}"
 
 
-def discard_others(run: str, used: str | None) -> None:
-    """Remove the checkpoints that are newer than the one in use: they are damaged, and must not count as kept.
+def discard_newer(run: str, resumed: str | None) -> None:
+    """Remove the checkpoints that are newer than the resumed one: they are damaged, and `prune` must not count them.
 
-    Without one in use nothing is removed: storage may only seem to be empty."""
-    for path in paths(run) if used else []:
-        if path == used:
+    If no checkpoint is resumed, removes nothing: the storage may only appear to be empty.
+    """
+    for path in paths(run) if resumed else []:
+        if path == resumed:
             return
         storage.remove(path)
 
 
 def best_heldout_loss(run: str) -> float:
-    """The lowest of the run's checkpoints; infinity if there is none."""
+    """Return the lowest held-out loss among the run's checkpoints; infinity if none has one."""
     return min((loss for _, loss in _measured(paths(run))), default=math.inf)
 
 
 def prune(run: str, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the one with the lowest held-out loss. What is incomplete has
-    been given up and goes too."""
+    """Remove all but the `keep` newest checkpoints and the one with the lowest held-out loss.
+
+    Incomplete checkpoints are removed too: nothing is writing them any more.
+    """
     complete = [path for path in paths(run) if storage.exists(storage.join(path, DIGESTS))]
-    kept = set(complete[:keep])
+    retained = set(complete[:keep])
     if measured := list(_measured(complete)):
-        kept.add(min(measured, key=lambda pair: pair[1])[0])
+        retained.add(min(measured, key=lambda pair: pair[1])[0])
     for path in paths(run):
-        if path not in kept:
+        if path not in retained:
             storage.remove(path)
 
 
-def _measured(found: list[str]) -> Iterator[tuple[str, float]]:
-    """Checkpoints with a held-out loss, and that loss."""
-    for path in found:
-        with suppress(FileNotFoundError, ValueError):  # half-made, or damaged
+def _measured(checkpoints: list[str]) -> Iterator[tuple[str, float]]:
+    """Yield the path and held-out loss of each checkpoint that has one."""
+    for path in checkpoints:
+        with suppress(FileNotFoundError, ValueError):  # incomplete or damaged
             loss = storage.read_json(storage.join(path, STATE)).get("heldout_loss")
             if loss is not None:
                 yield path, loss

@@ -1,4 +1,4 @@
-"""What the driver of a training run and its workers tell each other: lines for people, and that it is to stop.
+"""The channel between the driver of a training run and its workers: progress, outcome, and the request to stop.
 
 Worker output goes to log files, and Ray Train passes on nothing but reports; so both sides talk through an actor.
 """
@@ -18,61 +18,66 @@ class DriverChannel:
     """The actor. Its methods run in one event loop."""
 
     def __init__(self) -> None:
-        self._news: list[str] = []
-        self._line: str | None = None
+        self._messages: list[str] = []
+        self._progress: str | None = None
         self._outcome: dict[str, Any] = {}
         self._stop = asyncio.Event()
-        self._place: PlacementGroup | None = None
+        self._placement_group: PlacementGroup | None = None
 
-    async def report(self, line: str) -> None:
-        """How far it is; only the newest matters."""
-        self._line = line
+    async def set_progress(self, line: str) -> None:
+        """Replace the progress line; only the newest is shown."""
+        self._progress = line
 
-    async def say(self, line: str) -> None:
-        """Something that happened; nothing of it is lost."""
-        self._news.append(line)
+    async def show(self, line: str) -> None:
+        """Add a message; each one is shown."""
+        self._messages.append(line)
 
-    async def drain(self) -> list[str]:
-        lines = [*self._news, *([self._line] if self._line else [])]
-        self._news, self._line = [], None
+    async def take_lines(self) -> list[str]:
+        """Return the lines that have not been shown yet."""
+        lines = [*self._messages, *([self._progress] if self._progress else [])]
+        self._messages, self._progress = [], None
         return lines
 
-    async def end(self, outcome: dict[str, Any]) -> None:
-        """Why the workers leave before the last step: diverged, unsaved, stopped or preempted; the first counts."""
+    async def set_outcome(self, outcome: dict[str, Any]) -> None:
+        """Record why the workers stop early: diverged, unsaved, stopped or preempted. The first outcome counts."""
         self._outcome = self._outcome or outcome
 
     async def take_outcome(self) -> dict[str, Any]:
+        """Return the outcome and forget it; empty if the workers trained to the last step."""
         outcome, self._outcome = self._outcome, {}
         return outcome
 
     async def set_placement_group(self, group: PlacementGroup | None) -> None:
-        """What the present group of workers has reserved."""
-        self._place = group
+        """Record the resources that the current group of workers has reserved."""
+        self._placement_group = group
 
     async def placement_group(self) -> PlacementGroup | None:
-        return self._place
+        """Return the placement group of the current group of workers."""
+        return self._placement_group
 
-    async def stop(self) -> None:
+    async def request_stop(self) -> None:
+        """Ask the workers to save a checkpoint and stop."""
         self._stop.set()
 
     async def wait_for_stop(self) -> None:
+        """Return when a stop is requested."""
         await self._stop.wait()
 
 
 @contextmanager
 def open_channel(show: Callable[[str], None]) -> Iterator[Any]:
-    """The actor, whose lines are shown while the block runs."""
-    # With the driver: it must outlive the nodes that the workers are on.
+    """Start the actor, and show its lines while the block runs."""
+    # On the driver's node, because it must outlive the nodes of the workers.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote(DriverChannel)
     actor = remote.options(num_cpus=0, scheduling_strategy=here).remote()
-    ended = threading.Event()
+    closing = threading.Event()
 
     def follow() -> None:
-        over = False
-        while not over:
-            over = ended.wait(1.0)
-            for line in ray.get(actor.drain.remote()):
+        last = False
+        while not last:
+            last = closing.wait(1.0)
+            for line in ray.get(actor.take_lines.remote()):
                 show(line)
 
     thread = threading.Thread(target=follow, name="training-progress", daemon=True)
@@ -80,6 +85,6 @@ def open_channel(show: Callable[[str], None]) -> Iterator[Any]:
     try:
         yield actor
     finally:
-        ended.set()
+        closing.set()
         thread.join(timeout=10)
         ray.kill(actor)

@@ -1,7 +1,7 @@
-"""A sum over parts that come out alike, bit for bit, however many workers share them.
+"""A sum over workers that is bit-identical for any number of workers.
 
-Floating-point addition is not associative, so the order of a sum decides its last bits. Here that order is a binary
-tree over the parts, whoever computes them. Plain torch.distributed.
+Floating-point addition is not associative, so the order of a sum decides its last bits. Here the order is a binary tree
+over the parts, whichever worker computes a part. Plain torch.distributed.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 
 
 def tree_sum(part: Callable[[int], Tensor], owners: Sequence[int], rank: int, out: Tensor) -> Tensor:
-    """part(0) + ... + part(n - 1) into `out`, the same on every worker. Called by all of them at once.
+    """Write part(0) + ... + part(n - 1) to `out` on every worker, and return it. All workers must call it together.
 
-    part: computes the i-th summand, a new tensor like `out`. owners: the rank that computes each part, in rising
-    order, so that most sums stay within a worker. Memory: a summand for each level of the tree.
+    part: computes the i-th summand, a new tensor like `out`. owners: the rank that computes each part, in ascending
+    order, so that most additions need no communication. Memory: one summand for each level of the tree.
     """
 
     def total(first: int, after: int) -> Tensor | None:
-        """The sum of parts [first, after), on the owner of the first; None elsewhere."""
+        """Return the sum of parts [first, after) on the owner of the first part; None on other workers."""
         if after - first == 1:
             return part(first) if owners[first] == rank else None
         middle = (first + after) // 2

@@ -1,8 +1,9 @@
-"""What each worker of a training run does, from its start to the last step.
+"""The loop of a training worker, from its start to the last step.
 
-Runs inside Ray Train, which places the workers and starts them again. Checkpoints are our own: written by rank 0 while
-training goes on, and found by their digests, whatever was killed. `ray.train.report` is not used: it makes all workers
-wait for each other, and the note that it keeps is written in place, so that a kill can truncate it.
+It runs inside Ray Train, which places the workers and restarts them. Checkpoints are our own: rank 0 writes them while
+training continues, and a resumed run finds them by their digests, whatever was killed. `ray.train.report` is not used:
+it makes all workers wait for each other, and it rewrites its list of checkpoints in place, so that a kill can truncate
+the list.
 """
 
 import logging
@@ -32,11 +33,12 @@ from gru.errors import UserError
 from gru.model.precision import Precision, resolve
 from gru.registry import tracking
 from gru.training import checkpoint as checkpoints
+from gru.training import metrics_logger
 from gru.training.checkpoint import Checkpoint
 from gru.training.checkpoint_writer import CheckpointWriter
 from gru.training.coordinator import CHECK_PREEMPTION, SAVE, STOP, Coordinator
 from gru.training.learner import Diverged, Learner
-from gru.training.metrics_logger import start_metrics_logger
+from gru.training.meter import Meter
 from gru.training.watchdog import Watchdog
 
 READ_PATIENCE_SECONDS = 30.0
@@ -49,28 +51,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Assignment:
-    """What the driver tells every worker."""
+    """What the driver sends to every worker."""
 
     model: ModelConfig
     train: TrainConfig
     dataset: str
+    """Directory of the dataset."""
     run: str
+    """Directory of the run."""
     identity: dict[str, Any]
+    """What a checkpoint must have been trained on to be resumed, such as the dataset's digest."""
     tracking_uri: str
     tracking_run: str
-    progress: ActorHandle
+    channel: ActorHandle
+    """The `DriverChannel`."""
 
 
-def run_worker(told: dict[str, Assignment]) -> None:
-    """Train until the last step, from the newest checkpoint if there is one. Ray Train calls this in each worker."""
-    assignment = told["assignment"]
-    config = assignment.train
+def run_worker(config: dict[str, Assignment]) -> None:
+    """Train to the last step, resuming from the newest checkpoint. Ray Train calls this function in each worker."""
+    assignment = config["assignment"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if rank == 0:
-        ray.get(assignment.progress.set_placement_group.remote(ray.util.get_current_placement_group()))
-    torch.set_num_threads(_threads(config, context.get_local_world_size()))
-    with Watchdog(config.stall_seconds, partial(_stalled, assignment, rank)) as watchdog:
+        ray.get(assignment.channel.set_placement_group.remote(ray.util.get_current_placement_group()))
+    torch.set_num_threads(_threads(assignment.train, context.get_local_world_size()))
+    with Watchdog(assignment.train.stall_seconds, partial(_exit_stalled, assignment, rank)) as watchdog:
         dataset = open_dataset(assignment.dataset)
         device = ray.train.torch.get_device()
         path = _choose_checkpoint(assignment, rank, watchdog)
@@ -78,50 +83,53 @@ def run_worker(told: dict[str, Assignment]) -> None:
         resumed = checkpoints.load(path) if path else None
         model = assignment.model.model_copy(update={"precision": _choose_precision(assignment, resumed, device, rank)})
         manifest = dataset.manifest
-        learner = Learner(model, config, manifest.vocab_size, manifest.end_of_text, rank, world, device)
+        learner = Learner(model, assignment.train, manifest.vocab_size, manifest.end_of_text, rank, world, device)
         if resumed:
             learner.restore(resumed)
         watchdog.heartbeat()
         WorkerLoop(assignment, dataset, learner, watchdog).run(resumed)
 
 
-def _threads(config: TrainConfig, workers_here: int) -> int:
+def _threads(config: TrainConfig, local_workers: int) -> int:
     if config.threads or config.bitwise_elastic:
         return config.threads or 1
-    return max(1, len(os.sched_getaffinity(0)) // workers_here)
+    return max(1, len(os.sched_getaffinity(0)) // local_workers)
 
 
 def _choose_checkpoint(assignment: Assignment, rank: int, watchdog: Watchdog) -> str | None:
-    """The one to go on from: rank 0 looks, so that all take the same."""
+    """Return the checkpoint to resume from, if any. Rank 0 chooses it for all workers."""
     path = None
     if rank == 0:
         _wait_for_storage(assignment, watchdog)
         path = checkpoints.newest(assignment.run, assignment.identity)
-        checkpoints.discard_others(assignment.run, path)
+        checkpoints.discard_newer(assignment.run, path)
     return broadcast_from_rank_zero(path)
 
 
 def _wait_for_storage(assignment: Assignment, watchdog: Watchdog) -> None:
-    """Ray Train has made the run's directory. Where it is not there, neither are its checkpoints, and to begin anew
-    would be wrong."""
+    """Wait until the run's directory exists. Raises OSError if it does not for `READ_PATIENCE_SECONDS`.
+
+    Ray Train has created the directory. If it is missing, so are its checkpoints, and the run must not start from
+    step 0.
+    """
     deadline = time.monotonic() + READ_PATIENCE_SECONDS
     while storage.is_local(assignment.run) and not Path(assignment.run).is_dir():
         if time.monotonic() > deadline:
-            raise OSError(f"{assignment.run} is gone")
+            raise OSError(f"{assignment.run}: the run's directory has disappeared")
         watchdog.heartbeat()
         time.sleep(1)
 
 
-def _stalled(assignment: Assignment, rank: int, place: str, stack: str) -> None:
+def _exit_stalled(assignment: Assignment, rank: int, location: str, stack: str) -> None:
     line = f"worker {rank} has finished no step for train.stall_seconds = {assignment.train.stall_seconds}"
     log.error("%s\n%s", line, stack)
     with suppress(Exception):
-        ray.get(assignment.progress.say.remote(f"{line}: it is {place}"), timeout=5)
-    os._exit(1)  # which Ray Train notices, and starts the group again
+        ray.get(assignment.channel.show.remote(f"{line}: it is {location}"), timeout=5)
+    os._exit(1)  # Ray Train notices it and restarts the workers
 
 
 def _choose_precision(assignment: Assignment, resumed: Checkpoint | None, device: torch.device, rank: int) -> Precision:
-    """The one that the run began with, else what suits the machine of rank 0, so that all take the same."""
+    """Return the precision with which the run began, or the best one for rank 0's machine, the same for all workers."""
     precision = None
     if rank == 0:
         precision = resumed.state["precision"] if resumed else resolve(assignment.model, device)
@@ -129,7 +137,7 @@ def _choose_precision(assignment: Assignment, resumed: Checkpoint | None, device
 
 
 class WorkerLoop:
-    """The steps of one worker, from where its learner is to the last one, or to where all are told to leave."""
+    """The steps of one worker, from its learner's step to the last one, or until the coordinator stops all workers."""
 
     def __init__(self, assignment: Assignment, dataset: Dataset, learner: Learner, watchdog: Watchdog) -> None:
         self.assignment, self.dataset, self.learner, self.watchdog = assignment, dataset, learner, watchdog
@@ -138,64 +146,73 @@ class WorkerLoop:
         self.order = LaneOrder(
             [segment.tokens for segment in self.segments], config.seed, config.batch_size, config.sequence_length
         )
+        self.heldout = dataset.first_tokens("heldout", config.heldout_tokens)
         self.coordinator: Coordinator | None = None
+        """Rank 0's; None in other workers."""
 
     def run(self, resumed: Checkpoint | None) -> None:
-        learner, config = self.learner, self.config
-        heldout = heldout_tokens(self.dataset, config.heldout_tokens)
+        """Train until the last step, a stop, a preemption or a divergence."""
+        learner = self.learner
         with ExitStack() as stack:
             if learner.rank == 0:
-                self._lead(stack, resumed)
+                self._start_coordinator(stack, resumed)
             reader = LaneReader(self.order, self._read, self.dataset.manifest.end_of_text, learner.lanes)
             stack.enter_context(reader)
             meter = Meter.resumed(resumed.state["since_point"], learner) if resumed else Meter()
-            while learner.step < config.steps:
-                waited = time.monotonic()
-                batch = reader.batch(learner.step)
-                meter.data_wait += time.monotonic() - waited
-                try:
-                    loss, norm = learner.train_step(*batch)
-                except Diverged as divergence:
-                    self._diverged(divergence, meter, *batch)
+            while learner.step < self.config.steps:
+                norm = self._train_step(reader, meter)
+                if norm is None:
                     return
-                self.watchdog.heartbeat()
-                meter.add(loss, batch[0].shape[0] * config.batch_size)
-                done = learner.step == config.steps
+                last = learner.step == self.config.steps
                 heldout_loss = None
-                if learner.step % config.heldout_steps == 0 or done:
-                    heldout_loss = learner.heldout_loss(heldout, self.watchdog.heartbeat)
-                    if not math.isfinite(heldout_loss):  # an update that was finite was yet too large for its weights
-                        self._end({"diverged": _advice(f"the held-out loss is {heldout_loss} at step {learner.step}")})
+                if learner.step % self.config.heldout_steps == 0 or last:
+                    heldout_loss = learner.heldout_loss(self.heldout, self.watchdog.heartbeat)
+                    if not math.isfinite(heldout_loss):  # a finite gradient was too large for the weights all the same
+                        reason = f"the held-out loss is {heldout_loss} at step {learner.step}"
+                        self._report_outcome({"diverged": _advise(reason)})
                         return
-                if learner.step % config.log_steps == 0 or done or heldout_loss is not None:
+                if learner.step % self.config.log_steps == 0 or last or heldout_loss is not None:
                     self._log(meter, norm, heldout_loss)
                     meter = Meter()
-                if not self._obey(meter, heldout_loss, done):
+                if not self._follow_decision(meter, heldout_loss, last):
                     return
 
-    def _lead(self, stack: ExitStack, resumed: Checkpoint | None) -> None:
-        """What only rank 0 has: commits, decisions, and the machine's metrics."""
-        assignment, step = self.assignment, self.learner.step
+    def _train_step(self, reader: LaneReader, meter: Meter) -> float | None:
+        """Train one step, and return the norm of its gradient; None if training diverged, which is then reported."""
+        waiting_since = time.monotonic()
+        batch = reader.batch(self.learner.step)
+        meter.data_wait += time.monotonic() - waiting_since
+        try:
+            loss, norm = self.learner.train_step(*batch)
+        except Diverged as divergence:
+            self._report_divergence(divergence, meter, *batch)
+            return None
+        self.watchdog.heartbeat()
+        meter.add(loss, batch[0].shape[0] * self.config.batch_size)
+        return norm
 
-        scribe = start_metrics_logger(assignment.tracking_uri, assignment.tracking_run)
+    def _start_coordinator(self, stack: ExitStack, resumed: Checkpoint | None) -> None:
+        """Start what only rank 0 has: the metrics logger, the checkpoint writer and the coordinator."""
+        assignment = self.assignment
+        logger = metrics_logger.start(assignment.tracking_uri, assignment.tracking_run)
 
         def log_points(points: list[tracking.Point]) -> None:
-            ray.get(scribe.log.remote(points), timeout=LOG_PATIENCE_SECONDS)
+            ray.get(logger.log.remote(points), timeout=LOG_PATIENCE_SECONDS)
 
         def close() -> None:
             with suppress(ray.exceptions.RayError):
-                ray.get(scribe.close.remote(), timeout=5)
+                ray.get(logger.close.remote(), timeout=5)
 
         stack.callback(close)
         points = resumed.state["points"] if resumed else []
         best = checkpoints.best_heldout_loss(assignment.run)
-        say: Any = assignment.progress.say.remote
-        writer = CheckpointWriter(assignment.run, self.config.keep, log_points, points, best, say)
+        show: Any = assignment.channel.show.remote
+        writer = CheckpointWriter(assignment.run, self.config.keep, log_points, points, best, show)
         stack.callback(writer.close)
-        self.coordinator = Coordinator(self.config, writer, assignment.progress, step)
+        self.coordinator = Coordinator(self.config, writer, assignment.channel, self.learner.step)
 
     def _read(self, index: int) -> Tokens:
-        """A segment. Storage may be away for a while."""
+        """Return the tokens of a segment. Retries for `READ_PATIENCE_SECONDS` if the storage is unavailable."""
         deadline = time.monotonic() + READ_PATIENCE_SECONDS
         while True:
             try:
@@ -203,10 +220,10 @@ class WorkerLoop:
             except UserError as error:
                 if time.monotonic() > deadline:
                     raise
-                self.assignment.progress.say.remote(f"waiting: {error}")
+                self.assignment.channel.show.remote(f"could not read the dataset, retrying: {error}")
                 time.sleep(2)
 
-    def _log(self, meter: "Meter", norm: float, heldout_loss: float | None) -> None:
+    def _log(self, meter: Meter, norm: float, heldout_loss: float | None) -> None:
         [mean_loss] = self.learner.sum_over_workers([meter.mean_loss()])
         if self.coordinator is None:
             return
@@ -214,34 +231,34 @@ class WorkerLoop:
         metrics["train/learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
         if heldout_loss is not None:
             metrics["heldout/loss"] = heldout_loss
-        self.coordinator.add(self.learner.step, metrics)
+        self.coordinator.log(self.learner.step, metrics)
 
-    def _obey(self, meter: "Meter", heldout_loss: float | None, done: bool) -> bool:
-        """Do what rank 0 decides after a step; False if that is to leave. The last checkpoint is waited for."""
+    def _follow_decision(self, meter: Meter, heldout_loss: float | None, last: bool) -> bool:
+        """Do what the coordinator decides after a step; False if the worker stops, with its last checkpoint written."""
         learner = self.learner
-        decision = STOP if done else 0
-        if self.coordinator and not done:
+        decision = STOP if last else 0
+        if self.coordinator and not last:
             decision = self.coordinator.decide(learner.step, heldout_loss)
         decision = learner.agree(decision)
         outcome = None
         if decision & STOP:
-            outcome = {} if done else {"stopped": learner.step}
+            outcome = {} if last else {"stopped": learner.step}
         elif decision & CHECK_PREEMPTION and ray.train.get_preemption_info() is not None:
             outcome = {"preempted": learner.step}
         if outcome is not None:
-            unsaved = self._save_last(meter, heldout_loss)
-            self._end({"unsaved": unsaved} if unsaved else outcome)
+            failure = self._save_last(meter, heldout_loss)
+            self._report_outcome({"unsaved": failure} if failure else outcome)
             return False
         if decision & SAVE:
             started = time.monotonic()
             checkpoint = self._checkpoint(meter, heldout_loss)
             if self.coordinator:
                 self.coordinator.writer.begin(checkpoint)
-                self.coordinator.saved(learner.step)
+                self.coordinator.mark_saved(learner.step)
             meter.checkpoint_wait += time.monotonic() - started
         return True
 
-    def _checkpoint(self, meter: "Meter", heldout_loss: float | None) -> Checkpoint:
+    def _checkpoint(self, meter: Meter, heldout_loss: float | None) -> Checkpoint:
         [loss] = self.learner.sum_over_workers([float(meter.loss)])
         state = {
             "identity": self.assignment.identity,
@@ -254,90 +271,47 @@ class WorkerLoop:
         }
         return self.learner.checkpoint(state)
 
-    def _save_last(self, meter: "Meter", heldout_loss: float | None) -> str | None:
-        """Why it could not be saved, if so; rank 0 knows."""
+    def _save_last(self, meter: Meter, heldout_loss: float | None) -> str | None:
+        """Write the last checkpoint; return why it could not be written. Only rank 0 knows; others return None."""
         checkpoint = self._checkpoint(meter, heldout_loss)
         if self.coordinator and not self.coordinator.writer.finish(
             checkpoint, SAVE_PATIENCE_SECONDS, self.watchdog.heartbeat
         ):
-            return f"step {self.learner.step:,} could not be saved: {self.coordinator.writer.failed}"
+            return f"step {self.learner.step:,}: could not save the checkpoint: {self.coordinator.writer.failure}"
         return None
 
-    def _diverged(self, divergence: Diverged, meter: "Meter", inputs_TB: np.ndarray, targets_TB: np.ndarray) -> None:
-        """Save what was good, and say what was not: the lanes, and the documents that they read."""
+    def _report_divergence(
+        self, divergence: Diverged, meter: Meter, inputs_TB: np.ndarray, targets_TB: np.ndarray
+    ) -> None:
+        """Save the weights from before the step, and report the lanes whose gradients diverge and their documents."""
         learner = self.learner
         suspects = set(learner.suspects(inputs_TB, targets_TB, self.watchdog.heartbeat))
         marks = learner.sum_over_workers([float(lane in suspects) for lane in range(self.config.batch_size)])
         saved = self._save_last(meter, None) or f"saved at step {learner.step}"
         if self.coordinator is None:
             return
-        epoch, start, stop = self.order.window_of(learner.step)
-        lanes = [
-            {
-                "lane": lane,
-                "documents": [
-                    f"0x{document:016x}"
-                    for segment, first, after in self.order.slices(epoch, lane, start, stop)
-                    for document in self.dataset.documents(self.segments[segment], first, after)
-                ],
-            }
-            for lane, mark in enumerate(marks)
-            if mark
-        ]
+        lanes = [{"lane": lane, "documents": self._documents(lane)} for lane, mark in enumerate(marks) if mark]
         path = storage.join(self.assignment.run, DIVERGENCE)
-        with suppress(OSError):  # what is said matters more than what is written
+        with suppress(OSError):  # the message is more important than the file
             storage.write_json(path, {"step": learner.step + 1, "reason": str(divergence), "lanes": lanes})
-        where = f" in {len(lanes)} of {len(marks)} lanes" if lanes else ", though in no lane alone"
+        where = f" in {len(lanes)} of {len(marks)} lanes" if lanes else ", but in no lane alone"
         reason = f"{divergence}{where} (their documents: {path}); {saved}"
-        self._end({"diverged": _advice(reason)})
+        self._report_outcome({"diverged": _advise(reason)})
 
-    def _end(self, outcome: dict[str, Any]) -> None:
-        """Tell the driver why all leave. An exception would not do: Ray Train would try the same again."""
+    def _documents(self, lane: int) -> list[str]:
+        """Return the hashes of the documents that a lane reads at the learner's step."""
+        epoch, start, stop = self.order.window_of(self.learner.step)
+        return [
+            f"0x{document:016x}"
+            for segment, first, after in self.order.slices(epoch, lane, start, stop)
+            for document in self.dataset.documents(self.segments[segment], first, after)
+        ]
+
+    def _report_outcome(self, outcome: dict[str, Any]) -> None:
+        """Tell the driver why all workers stop early. After an exception, Ray Train would only restart them."""
         if self.coordinator and outcome:
-            ray.get(self.assignment.progress.end.remote(outcome))
+            ray.get(self.assignment.channel.set_outcome.remote(outcome))
 
 
-def _advice(reason: str) -> str:
+def _advise(reason: str) -> str:
     return f"training diverged: {reason}: lower train.learning_rate or train.clip"
-
-
-def heldout_tokens(dataset: Dataset, most: int) -> np.ndarray:
-    """The first `most` tokens of the held-out stream."""
-    parts: list[np.ndarray] = []
-    for segment in dataset.segments("heldout"):
-        parts.append(dataset.read_segment(segment))
-        if sum(map(len, parts)) >= most:
-            break
-    return np.concatenate(parts)[:most]
-
-
-class Meter:
-    """Loss and rates since the last logged point."""
-
-    def __init__(self, loss: float = 0.0, steps: int = 0) -> None:
-        self.started = time.monotonic()
-        self.data_wait = self.checkpoint_wait = 0.0
-        self.loss: torch.Tensor | float = loss
-        self.steps = steps
-        self.tokens = 0
-
-    @classmethod
-    def resumed(cls, since_point: dict[str, Any], learner: Learner) -> "Meter":
-        """As it was when a checkpoint was made between two points; rank 0 has what all had."""
-        return cls(since_point["loss"] if learner.rank == 0 else 0.0, since_point["steps"])
-
-    def add(self, loss: torch.Tensor, tokens: int) -> None:
-        self.loss = self.loss + loss
-        self.steps += 1
-        self.tokens += tokens
-
-    def mean_loss(self) -> float:
-        return float(self.loss) / self.steps
-
-    def rates(self) -> dict[str, float]:
-        elapsed = time.monotonic() - self.started
-        return {
-            "train/tokens_per_second": self.tokens / elapsed,
-            "train/data_wait_share": self.data_wait / elapsed,
-            "train/checkpoint_wait_share": self.checkpoint_wait / elapsed,
-        }

@@ -24,10 +24,8 @@ from gru.config import ModelConfig, PipelineConfig, changed, load
 from gru.corpus.batches import LaneOrder, LaneReader, stream_batches
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.model.language_model import GRULanguageModel
-from gru.model.loss import cross_entropy
-from gru.model.stream_loss import stream_loss
+from gru.model.loss import cross_entropy, stream_loss
 from gru.training.learner import Learner
-from gru.training.worker_loop import heldout_tokens
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ def train_variant(name: str, config: PipelineConfig, dataset: str, seed: int) ->
     learner = Learner(config.model, config.train, manifest.vocab_size, manifest.end_of_text, build=build)
     learner.average.eval()
     train(learner, data, variant.order)
-    tokens = heldout_tokens(data, manifest.heldout.tokens)
+    tokens = data.first_tokens("heldout", manifest.heldout.tokens)
     lanes = config.evaluate.batch_size
     return stream_loss(learner.average, stream_batches(tokens, lanes, 256, manifest.end_of_text), lanes) / len(tokens)
 

@@ -1,4 +1,4 @@
-"""Each cell against its published equations in float64; a model of each through training, checkpoint and serving."""
+"""Tests of each cell against its published equations in float64, and of a model of each in training and generation."""
 
 import math
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
 
 OTHERS: list[Cell] = ["lstm", "rnn", "mingru"]
-# Of the largest value of each tensor. Under autocast, states are rounded to bf16 as well.
+# Relative to the largest value of each tensor. Under autocast, states are rounded to bf16 as well.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 CORPUS = np.tile(np.arange(1, 11, dtype=np.uint16), 200)
 VOCAB, END = 12, 0
 
 
 def published(cell: torch.nn.Module, x_TBE: Tensor, state_BS: Tensor, weights: list[Tensor]) -> Tensor:
-    """The equations at the top of gru/model/cells.py, one step after the other: states [T, B, S]."""
+    """Return the states [T, B, S] by the equations at the top of gru/model/cells.py, step by step."""
     out = []
     for x_BE in x_TBE:
         if isinstance(cell, LSTM):
@@ -52,7 +52,7 @@ def published(cell: torch.nn.Module, x_TBE: Tensor, state_BS: Tensor, weights: l
 def outcome(
     run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x: Tensor, state: Tensor, weights: list[Tensor]
 ) -> list[Tensor]:
-    """What a run gives out, and the gradients of a sum that gives each value another weight."""
+    """Return the values of a run, and the gradients of a sum in which each value has another weight."""
     x, state = x.clone().requires_grad_(), state.clone().requires_grad_()
     values = run(x, state)
     total = sum((v * torch.arange(1, v.numel() + 1, dtype=v.dtype).sin().view_as(v)).sum() for v in values)
@@ -62,7 +62,7 @@ def outcome(
 def draw(name: Cell, T: int, B: int, E: int, H: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(T)
     options = {"generator": generator, "dtype": torch.float64}
-    return torch.randn(T, B, E, **options), torch.randn(B, CELLS[name].vectors * H, **options)
+    return torch.randn(T, B, E, **options), torch.randn(B, CELLS[name].state_vectors * H, **options)
 
 
 @pytest.mark.parametrize("matmul_dtype", TOLERANCES)
@@ -77,13 +77,13 @@ def test_values_and_gradients_are_those_of_the_published_equations(
     x, state = draw(name, *shape)
     exact = [parameter.detach().double().requires_grad_() for parameter in cell.parameters()]
 
-    def plain(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def reference(x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         states_TBS = published(cell, x, state, exact)
         return states_TBS[..., :H], states_TBS[-1]
 
-    expected = outcome(plain, x, state, exact)
-    found = outcome(cell, x.float(), state.float(), list(cell.parameters()))
-    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+    expected = outcome(reference, x, state, exact)
+    actual = outcome(cell, x.float(), state.float(), list(cell.parameters()))
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
         assert one.dtype == torch.float32
         error = (one - other).abs().max() / other.abs().max()
         assert error < TOLERANCES[matmul_dtype], f"{index}: off by {error:.1e}"
@@ -94,21 +94,21 @@ def test_values_and_gradients_are_those_of_the_published_equations(
 
 @pytest.mark.parametrize("sharpness", [1.0, 30.0])
 @pytest.mark.parametrize("T", [1, 2, 64, 300])
-def test_the_scan_is_the_recurrence(T: int, sharpness: float) -> None:
-    """In fp32, with gates open and shut as far as they go, states of any sign, and one that is 0."""
+def test_the_scan_equals_the_recurrence(T: int, sharpness: float) -> None:
+    """In fp32, with gates fully open and fully shut, states of any sign, and one state of 0."""
     generator = torch.Generator().manual_seed(T)
     gate, candidate = (torch.randn(T, 3, 5, generator=generator) * sharpness for _ in range(2))
     h_BH = torch.randn(3, 5, generator=generator)
     h_BH[0] = 0
-    found, expected = (outcome(lambda gate, h, f=f: (f(gate, candidate, h),), gate, h_BH, []) for f in (scan, recur))
-    for one, other in zip(found, expected, strict=True):
+    actual, expected = (outcome(lambda gate, h, f=f: (f(gate, candidate, h),), gate, h_BH, []) for f in (scan, recur))
+    for one, other in zip(actual, expected, strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, atol=1e-3 * float(other.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("matmul_dtype", TOLERANCES)
 @pytest.mark.parametrize("name", OTHERS)
-def test_carried_state_makes_windows_one_sequence(name: Cell, matmul_dtype: torch.dtype) -> None:
+def test_windows_with_carried_state_equal_one_sequence(name: Cell, matmul_dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     cell = CELLS[name].build(16, 24, matmul_dtype)
     x, state = (tensor.float() for tensor in draw(name, 40, 4, 16, 24))
@@ -122,15 +122,15 @@ def test_carried_state_makes_windows_one_sequence(name: Cell, matmul_dtype: torc
     torch.testing.assert_close(state, end, atol=tolerance, rtol=tolerance)
 
 
-def test_states_are_kept_by_default() -> None:
-    for name, kept in (("lstm", slice(24, 48)), ("mingru", slice(0, 24))):
+def test_initial_gates_keep_most_of_the_state() -> None:
+    for name, features in (("lstm", slice(24, 48)), ("mingru", slice(0, 24))):
         torch.manual_seed(0)
         cell = CELLS[name].build(16, 24)
-        state = torch.ones(1, CELLS[name].vectors * 24)
-        before = state[:, kept].clone()
+        state = torch.ones(1, CELLS[name].state_vectors * 24)
+        before = state[:, features].clone()
         _, after = cell(torch.zeros(1, 1, 16), state)
         share = 1 / (1 + math.exp(-1))
-        assert (after[:, kept] / before).mean().item() == pytest.approx(share, abs=0.25)
+        assert (after[:, features] / before).mean().item() == pytest.approx(share, abs=0.25)
     assert isinstance(cell, MinGRU)
 
 
@@ -147,7 +147,7 @@ def learner(name: Cell) -> Learner:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_model_of_it_learns_and_goes_on_exactly_from_a_checkpoint(name: Cell, tmp_path: Path) -> None:
+def test_a_model_of_each_cell_learns_and_resumes_exactly_from_a_checkpoint(name: Cell, tmp_path: Path) -> None:
     undisturbed = learner(name)
     losses = train(undisturbed, 100)
     assert losses[0] == pytest.approx(math.log(VOCAB), rel=0.1)
@@ -162,7 +162,7 @@ def test_a_model_of_it_learns_and_goes_on_exactly_from_a_checkpoint(name: Cell, 
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_model_of_it_serves_the_same_text_at_any_width(name: Cell) -> None:
+def test_a_model_of_each_cell_generates_the_same_text_at_any_batch_width(name: Cell) -> None:
     torch.manual_seed(0)
     model = GRULanguageModel(ModelConfig(embedding=24, hidden=37, layers=2, cell=name), 301).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The model as a whole; its recurrence and its loss have tests of their own."""
+"""Tests of the model as a whole; its GRU layer and its loss have tests of their own."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from gru.model.language_model import GRULanguageModel
 @pytest.mark.parametrize(
     "config", [ModelConfig(embedding=16, hidden=16), ModelConfig(embedding=8, hidden=24, layers=3)]
 )
-def test_carried_state_makes_windows_one_sequence(config: ModelConfig) -> None:
+def test_windows_with_carried_state_equal_one_sequence(config: ModelConfig) -> None:
     model = GRULanguageModel(config, 50)
     tokens = torch.randint(0, 50, (30, 4))
     whole, end = model(tokens, model.initial_state(4))
@@ -35,8 +35,8 @@ def test_a_token_depends_on_the_past_alone() -> None:
     assert not torch.allclose(first[10:], second[10:])
 
 
-def test_at_the_beginning_no_token_is_favoured() -> None:
-    """A large embedding in the residual stream would predict each token to follow itself."""
+def test_an_untrained_model_favours_no_token() -> None:
+    """A large embedding in the residual stream would predict that each token follows itself."""
     torch.manual_seed(0)
     model = GRULanguageModel(ModelConfig(), 500)
     tokens = torch.randint(0, 500, (50, 8))
@@ -45,7 +45,7 @@ def test_at_the_beginning_no_token_is_favoured() -> None:
     assert loss.item() == pytest.approx(np.log(500), rel=0.1)
 
 
-def test_dropout_masks_hold_for_a_window_and_keep_the_mean() -> None:
+def test_dropout_masks_cover_a_window_and_preserve_the_mean() -> None:
     model = GRULanguageModel(ModelConfig(embedding=64, hidden=64, layers=2, dropout=0.25), 50)
     masks = model.dropout_masks(200, torch.Generator().manual_seed(0))
     assert masks is not None

@@ -1,4 +1,4 @@
-"""The loss against torch's own in float64, values and gradients, and how much memory it takes."""
+"""Tests of the loss against torch's own in float64, values and gradients, and of its memory use."""
 
 import subprocess
 import sys
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from gru.model import loss
 from gru.model.loss import cross_entropy
 
-# Of the largest value of each tensor: factors of products are rounded to 8 bits, logits too.
+# Relative to the largest value of each tensor: factors of matrix products are rounded to 8 bits, logits too.
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
 def draw(N: int, E: int, V: int) -> tuple[list[Tensor], Tensor]:
-    """x_NE, weight_VE, bias_V in float64, and targets_N."""
+    """Return x_NE, weight_VE, bias_V in float64, and targets_N."""
     torch.manual_seed(N)
     return [torch.randn(N, E).double(), torch.randn(V, E).double() / 4, torch.randn(V).double()], torch.randint(V, (N,))
 
@@ -36,16 +36,16 @@ def test_values_and_gradients_are_those_of_softmax_cross_entropy(
     expected = losses_N.sum() if weights_N is None else losses_N.dot(weights_N)
     (expected * 0.3).backward()
     single = [tensor.float().requires_grad_() for tensor in inputs]
-    found = cross_entropy(*single, targets_N, None if weights_N is None else weights_N.float(), matmul_dtype)
-    (found * 0.3).backward()
-    assert found.item() == pytest.approx(expected.item(), rel=TOLERANCES[matmul_dtype])
+    actual = cross_entropy(*single, targets_N, None if weights_N is None else weights_N.float(), matmul_dtype)
+    (actual * 0.3).backward()
+    assert actual.item() == pytest.approx(expected.item(), rel=TOLERANCES[matmul_dtype])
     for one, other in zip(single, exact, strict=True):
         error = (one.grad - other.grad).abs().max() / other.grad.abs().max()
         assert error < TOLERANCES[matmul_dtype]
     with torch.no_grad():
         assert cross_entropy(
             *single, targets_N, None if weights_N is None else weights_N.float(), matmul_dtype
-        ).item() == pytest.approx(found.item(), rel=1e-6)
+        ).item() == pytest.approx(actual.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("matmul_dtype", TOLERANCES)
@@ -60,8 +60,8 @@ def test_the_same_inputs_give_the_same_bits(matmul_dtype: torch.dtype) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_a_hopeless_target_has_a_finite_loss() -> None:
-    """Its probability is 0 in fp32, and its loss is not infinite."""
+def test_a_target_of_probability_0_has_a_finite_loss() -> None:
+    """A target with probability 0 in fp32 does not have an infinite loss."""
     bias_V = torch.tensor([0.0, 1000.0], requires_grad=True)
     loss = cross_entropy(torch.ones(1, 1), torch.zeros(2, 1), bias_V, torch.tensor([0]), None, torch.float32)
     loss.backward()
@@ -77,10 +77,10 @@ from gru.model.loss import cross_entropy
 def peak():
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
 
-products = getattr(torch, sys.argv[1])
+matmul_dtype = getattr(torch, sys.argv[1])
 x, weight, bias = (torch.ones(size, requires_grad=True) for size in [(4096, 16), (32768, 16), (32768,)])
 before = peak()
-cross_entropy(x, weight, bias, torch.zeros(4096, dtype=torch.long), None, products).backward()
+cross_entropy(x, weight, bias, torch.zeros(4096, dtype=torch.long), None, matmul_dtype).backward()
 print(peak() - before)
 """
 

@@ -1,3 +1,5 @@
+"""Tests of the choice of precision."""
+
 import pytest
 import torch
 
@@ -7,16 +9,16 @@ from gru.model import precision
 CPU = torch.device("cpu")
 
 
-def test_what_is_asked_for_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configured_precision_is_used_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(precision, "bf16_advantage")
     assert precision.resolve(ModelConfig(precision="bf16"), CPU) == "bf16"
     assert precision.resolve(ModelConfig(precision="fp32"), CPU) == "fp32"
 
 
-@pytest.mark.parametrize(("advantage", "chosen"), [(0.5, "fp32"), (1.0, "fp32"), (2.0, "bf16")])
-def test_auto_takes_bf16_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, advantage: float, chosen: str) -> None:
+@pytest.mark.parametrize(("advantage", "expected"), [(0.5, "fp32"), (1.0, "fp32"), (2.0, "bf16")])
+def test_auto_chooses_bf16_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, advantage: float, expected: str) -> None:
     monkeypatch.setattr(precision, "bf16_advantage", lambda: advantage)
-    assert precision.resolve(ModelConfig(), CPU) == chosen
+    assert precision.resolve(ModelConfig(), CPU) == expected
 
 
 def test_the_advantage_is_measured_once() -> None:

@@ -1,3 +1,5 @@
+"""Tests of the Transformer against the published equations."""
+
 import math
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from gru.corpus.batches import sliding_batches
-from gru.model.stream_loss import stream_loss
+from gru.model.loss import stream_loss
 from gru.model.transformer import Transformer, TransformerConfig, angles, nearest, rotate
 
 SMALL = TransformerConfig(width=32, layers=2, heads=2, feed_forward=64)
@@ -27,26 +29,26 @@ def test_a_token_depends_on_the_past_alone() -> None:
     assert not torch.allclose(first[19], second[19], atol=1e-7)
 
 
-def test_attention_is_the_published_one() -> None:
-    """Softmax of q k^T / sqrt(D) over the past, with queries and keys turned."""
+def test_attention_follows_the_published_equations() -> None:
+    """Softmax of q k^T / sqrt(D) over the past, with queries and keys rotated."""
     layer = make().layers[0].double()
     x_BTE = torch.randn(2, 9, 32, dtype=torch.float64)
-    turns = angles(9, 16, x_BTE)
+    rotations = angles(9, 16, x_BTE)
     q, k, v = layer.queries_keys_values(layer.attention_norm(x_BTE)).view(2, 9, 3, 2, 16).permute(2, 0, 3, 1, 4)
-    scores = rotate(q, turns) @ rotate(k, turns).transpose(-1, -2) / math.sqrt(16)
+    scores = rotate(q, rotations) @ rotate(k, rotations).transpose(-1, -2) / math.sqrt(16)
     scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf)
     middle = x_BTE + layer.attended((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 9, 32))
     gate, values = layer.gate_and_values(layer.feed_forward_norm(middle)).chunk(2, dim=-1)
     expected = middle + layer.fed(gate * gate.sigmoid() * values)
-    torch.testing.assert_close(layer(x_BTE, turns, 0.0), expected)
+    torch.testing.assert_close(layer(x_BTE, rotations, 0.0), expected)
 
 
-def test_products_of_turned_vectors_depend_on_their_distance_alone() -> None:
+def test_dot_products_of_rotated_vectors_depend_on_their_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).expand(2, 1, 1, 40, 16)
-    turns = angles(40, 16, q)
-    matmul_dtype = rotate(q, turns)[0, 0] @ rotate(k, turns)[0, 0].T
+    rotations = angles(40, 16, q)
+    dot_products = rotate(q, rotations)[0, 0] @ rotate(k, rotations)[0, 0].T
     for distance in (0, 1, 7):
-        diagonal = matmul_dtype.diagonal(-distance)
+        diagonal = dot_products.diagonal(-distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
 
 
@@ -65,7 +67,7 @@ def test_its_loss_is_that_of_its_logits(matmul_dtype: torch.dtype) -> None:
     assert losses.mean().item() == pytest.approx(math.log(50), rel=0.05)
 
 
-def test_dropout_is_for_training_alone() -> None:
+def test_dropout_applies_in_training_alone() -> None:
     model = make(TransformerConfig(width=32, layers=2, heads=2, feed_forward=64, dropout=0.5))
     inputs, targets = torch.randint(0, 50, (2, 30, 4))
     state, masks = model.initial_state(4), model.dropout_masks(4, torch.Generator())
@@ -80,8 +82,8 @@ def test_dropout_is_for_training_alone() -> None:
 def test_the_nearest_has_about_as_many_parameters(parameters: int, vocabulary: int) -> None:
     config = nearest(parameters, vocabulary)
     assert config.parameters(vocabulary) == pytest.approx(parameters, rel=0.03)
-    made = Transformer(config, vocabulary)
-    assert sum(p.numel() for p in made.parameters()) == config.parameters(vocabulary)
+    model = Transformer(config, vocabulary)
+    assert sum(p.numel() for p in model.parameters()) == config.parameters(vocabulary)
 
 
 @pytest.mark.parametrize("count", [5, 16, 17, 100])
@@ -90,7 +92,7 @@ def test_sliding_windows_score_each_token_once_after_half_a_context(count: int, 
     model, tokens, context = make(), np.random.default_rng(0).integers(1, 50, count), 16
     total = 0.0
     with torch.no_grad():
-        for index, token in enumerate(tokens):  # the window that it is scored in begins at a multiple of 8
+        for index, token in enumerate(tokens):  # each window begins at a multiple of 8
             begin = max(0, (index - 8) // 8 * 8)
             before = torch.tensor([0, *tokens])[begin : index + 1]
             logits, _ = model(before[:, None], model.initial_state(1))

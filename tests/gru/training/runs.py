@@ -1,5 +1,7 @@
-"""Training runs on a cluster of the test's own, as their user starts them: `python -m jobs.train`. Disturbed in every
-way, each is compared with one that was not."""
+"""Training runs on a cluster that the test owns, started as a user does: `python -m jobs.train`.
+
+Tests disturb them in every way and compare each with a run that was not disturbed.
+"""
 
 import hashlib
 import json
@@ -44,7 +46,7 @@ TRAIN = {
 
 @contextmanager
 def cluster_of(*cpus: int) -> Iterator[Cluster]:
-    """A head and nodes beside it, with so many logical CPUs each."""
+    """A cluster of a head and other nodes, with these numbers of logical CPUs."""
     head, *others = cpus
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, "include_dashboard": False})
     try:
@@ -57,7 +59,7 @@ def cluster_of(*cpus: int) -> Iterator[Cluster]:
 
 @dataclass
 class Site:
-    """Where a corpus was prepared once, for many runs."""
+    """A directory with a corpus that was prepared once, for many runs."""
 
     directory: Path
     corpus: Path
@@ -84,7 +86,7 @@ class Site:
         subprocess.run(command, env=self.environment(cluster), check=True, capture_output=True)
 
     def run(self, cluster: Cluster, name: str, **train: Any) -> "Training":
-        """A run that is not started yet, on a copy of the dataset. Its name is also that of its MLflow experiment."""
+        """Return a run that is not started yet, on a copy of the dataset. Its MLflow experiment has the same name."""
         shutil.copytree(self.directory / "prepared" / "datasets", self.directory / name / "datasets")
         training = Training(self, cluster, name, self.config(name, **train))
         training.move_dataset(str(self.directory / name))
@@ -95,6 +97,8 @@ class Site:
 
 @dataclass
 class Training:
+    """One run: its job's process, its files and its record in MLflow."""
+
     site: Site
     cluster: Cluster
     name: str
@@ -102,7 +106,7 @@ class Training:
     process: "subprocess.Popen[str] | None" = None
 
     def move_dataset(self, storage: str) -> None:
-        """Say in the result of its preparation where the dataset is."""
+        """Change the dataset's directory in the result of its preparation."""
         [path] = self.storage.glob("datasets/*/result.json")
         result = json.loads(path.read_text())
         path.write_text(json.dumps(result | {"dataset": f"{storage}/datasets/{path.parent.name}"}))
@@ -117,7 +121,7 @@ class Training:
 
     @property
     def directory(self) -> Path:
-        """Of the run: its checkpoints and its bundle."""
+        """The run's directory, with its checkpoints and its bundle."""
         [path] = self.storage.glob("runs/*")
         return path
 
@@ -133,7 +137,7 @@ class Training:
         return self
 
     def wait_for_step(self, step: int, seconds: float = 120) -> int:
-        """Until a whole checkpoint of that step or a later one is there; its step."""
+        """Wait for a complete checkpoint of this step or a later one; return its step."""
 
         def reached() -> int:
             self._assert_running()
@@ -142,19 +146,19 @@ class Training:
         return wait_for(f"step {step}", reached, seconds)
 
     def wait_for_line(self, part: str, seconds: float = 120) -> None:
-        def said() -> bool:
+        def shown() -> bool:
             self._assert_running()
             return part in self.stderr
 
-        wait_for(f"{part!r} in {self.stderr[-500:]!r}", said, seconds)
+        wait_for(f"{part!r} in {self.stderr[-500:]!r}", shown, seconds)
 
     def _assert_running(self) -> None:
         assert self.process is not None
         assert self.process.poll() is None, self.stderr
 
     def newest_step(self) -> int:
-        whole = [path.parent.name for path in self.storage.glob(f"runs/*/step-*/{DIGESTS}")]
-        return max((int(name.split("-")[1]) for name in whole), default=0)
+        complete = [path.parent.name for path in self.storage.glob(f"runs/*/step-*/{DIGESTS}")]
+        return max((int(name.split("-")[1]) for name in complete), default=0)
 
     def workers(self) -> list[psutil.Process]:
         return self._processes("ray::RayTrainWorker")
@@ -163,12 +167,12 @@ class Training:
         return self._processes("ray::TrainController.run")
 
     def _processes(self, title: str) -> list[psutil.Process]:
-        found = []
+        processes = []
         for node in self.cluster.list_all_nodes():
             with suppress(psutil.NoSuchProcess):
                 raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-                found += [process for process in raylet.children() if process.cmdline()[:1] == [title]]
-        return found
+                processes += [process for process in raylet.children() if process.cmdline()[:1] == [title]]
+        return processes
 
     def wait_for_workers(self, number: int, seconds: float = 120) -> list[psutil.Process]:
         def up() -> list[psutil.Process]:
@@ -178,8 +182,10 @@ class Training:
         return wait_for(f"{number} workers", up, seconds)
 
     def node_with_a_worker(self) -> ClusterNode:
-        """One beside the driver's and its controller's."""
-        with_workers = {worker.ppid() for worker in self.workers()} - {found.ppid() for found in self.controllers()}
+        """Return a node with a worker, other than that of the driver and its controller."""
+        with_workers = {worker.ppid() for worker in self.workers()} - {
+            controller.ppid() for controller in self.controllers()
+        }
         nodes = self.cluster.worker_nodes
         return next(node for node in nodes if node.all_processes["raylet"][0].process.pid in with_workers)
 
@@ -198,7 +204,7 @@ class Training:
         return hashlib.sha256((self.directory / "bundle" / "weights.safetensors").read_bytes()).hexdigest()
 
     def logged(self) -> list[int]:
-        """Steps of the points in MLflow, in the order in which they were logged."""
+        """Return the steps of the points in MLflow, in the order in which they were logged."""
         [run] = self._mlflow_runs()
         return [metric.step for metric in self._client().get_metric_history(run.info.run_id, "train/loss")]
 
@@ -220,7 +226,7 @@ class Training:
 
 
 def undisturbed(config: PipelineConfig, dataset: Dataset, steps: int) -> Learner:
-    """What one process makes of the same, without Ray."""
+    """Train the same in one process, without Ray."""
     segments, manifest = dataset.segments("train"), dataset.manifest
     order = LaneOrder(
         [s.tokens for s in segments], config.train.seed, config.train.batch_size, config.train.sequence_length
@@ -239,9 +245,9 @@ def undisturbed(config: PipelineConfig, dataset: Dataset, steps: int) -> Learner
     return learner
 
 
-def assert_same(found: checkpoints.Checkpoint, expected: Learner) -> None:
-    """Bit for bit: weights, average, optimizer and the carried states of all lanes."""
-    assert found.step == expected.step
+def assert_same(actual: checkpoints.Checkpoint, expected: Learner) -> None:
+    """Assert equal bits of weights, average, optimizer and the carried states of all lanes."""
+    assert actual.step == expected.step
     for stem, tensors in expected.checkpoint({}).tensors.items():
         for name, tensor in tensors.items():
-            assert torch.equal(found.tensors[stem][name], tensor), (stem, name)
+            assert torch.equal(actual.tensors[stem][name], tensor), (stem, name)

@@ -1,3 +1,5 @@
+"""Tests of writing, finding and pruning checkpoints."""
+
 import logging
 import resource
 from pathlib import Path
@@ -27,14 +29,14 @@ def step_of(path: str | None) -> int:
     return checkpoints.load(path).step
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_loads_with_the_same_content(tmp_path: Path) -> None:
     loaded = checkpoints.load(str(write(tmp_path, 5)))
     assert loaded.step == 5
     assert torch.equal(loaded.tensors["model"]["w"], torch.full((2, 3), 5.0))
     assert set(loaded.tensors) == {"model", "lanes"}
 
 
-def test_the_newest_is_used_whatever_its_name_ends_with(tmp_path: Path) -> None:
+def test_the_newest_step_is_resumed_whatever_the_random_suffix(tmp_path: Path) -> None:
     for step in (10, 2, 9):
         write(tmp_path, step)
     assert step_of(checkpoints.newest(str(tmp_path), IDENTITY)) == 10
@@ -42,7 +44,7 @@ def test_the_newest_is_used_whatever_its_name_ends_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "missing file", "no digests", "truncated digests"])
-def test_a_damaged_one_is_named_and_the_one_before_is_used(
+def test_a_damaged_checkpoint_is_logged_and_the_one_before_is_resumed(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write(tmp_path, 1)
@@ -61,14 +63,14 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     with pytest.raises(DamagedFiles):
         checkpoints.load(str(newest))
     with caplog.at_level(logging.WARNING):
-        used = checkpoints.newest(str(tmp_path), IDENTITY)
-    assert step_of(used) == 1
+        resumed = checkpoints.newest(str(tmp_path), IDENTITY)
+    assert step_of(resumed) == 1
     assert newest.name in caplog.text
-    checkpoints.discard_others(str(tmp_path), used)
-    assert checkpoints.paths(str(tmp_path)) == [used]
+    checkpoints.discard_newer(str(tmp_path), resumed)
+    assert checkpoints.paths(str(tmp_path)) == [resumed]
 
 
-def test_another_dataset_or_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_dataset_or_model_is_refused_with_the_difference(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with pytest.raises(UserError, match="its dataset is d1, but this run's is d2"):
         checkpoints.newest(str(tmp_path), {**IDENTITY, "dataset": "d2"})
@@ -76,14 +78,14 @@ def test_another_dataset_or_model_is_refused_by_name(tmp_path: Path) -> None:
         checkpoints.newest(str(tmp_path), {**IDENTITY, "model": {"hidden": 9}})
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_prune_keeps_only_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step)
     checkpoints.prune(str(tmp_path), keep=2)
     assert [checkpoints.load(path).step for path in checkpoints.paths(str(tmp_path))] == [4, 3]
 
 
-def test_the_one_with_the_lowest_heldout_loss_is_kept_as_well(tmp_path: Path) -> None:
+def test_prune_also_keeps_the_one_with_the_lowest_heldout_loss(tmp_path: Path) -> None:
     for step, loss in ((1, 2.0), (2, 1.5), (3, 1.7), (4, None), (5, None)):
         write(tmp_path, step, loss)
     assert checkpoints.best_heldout_loss(str(tmp_path)) == 1.5
@@ -93,7 +95,7 @@ def test_the_one_with_the_lowest_heldout_loss_is_kept_as_well(tmp_path: Path) ->
     assert checkpoints.best_heldout_loss(str(tmp_path / "nothing")) == float("inf")
 
 
-def test_an_incomplete_one_is_not_counted_among_those_kept(tmp_path: Path) -> None:
+def test_prune_does_not_count_incomplete_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         directory = write(tmp_path, step)
         if step > 2:
@@ -102,8 +104,8 @@ def test_an_incomplete_one_is_not_counted_among_those_kept(tmp_path: Path) -> No
     assert [step_of(path) for path in checkpoints.paths(str(tmp_path))] == [2]
 
 
-def test_a_full_disk_leaves_nothing_that_could_be_taken_for_a_checkpoint(tmp_path: Path) -> None:
-    """The weights fit, the state of the lanes does not: what fitted is removed, and what was there before stays."""
+def test_a_full_disk_leaves_no_partial_checkpoint(tmp_path: Path) -> None:
+    """The weights fit on the disk, the states do not: the partial checkpoint is removed, the earlier one stays."""
     before = write(tmp_path, 1)
     tensors = {"model": {"w": torch.zeros(10)}, "lanes": {"state": torch.zeros(100_000)}}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -117,16 +119,16 @@ def test_a_full_disk_leaves_nothing_that_could_be_taken_for_a_checkpoint(tmp_pat
     assert checkpoints.paths(str(tmp_path)) == [str(before)]
 
 
-def test_the_digests_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that comes in between finds an incomplete checkpoint, never a wrong one."""
-    found: list[str | None] = []
+def test_the_digests_are_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader during the writing finds an incomplete checkpoint, never a wrong one."""
+    newest: list[str | None] = []
     write_bytes = storage.write_bytes
 
     def write_and_look(path: str, data: bytes) -> None:
-        found.append(checkpoints.newest(str(tmp_path), IDENTITY))
+        newest.append(checkpoints.newest(str(tmp_path), IDENTITY))
         write_bytes(path, data)
 
     monkeypatch.setattr(storage, "write_bytes", write_and_look)
     path = write(tmp_path, 1)
-    assert found == [None] * len(list(path.iterdir()))
+    assert newest == [None] * len(list(path.iterdir()))
     assert step_of(checkpoints.newest(str(tmp_path), IDENTITY)) == 1

@@ -1,4 +1,4 @@
-"""Commits next to a loop that goes on: what is written, what is logged, and what a fault of either costs."""
+"""Tests of the checkpoint writer beside a running loop: what is written and logged, and what faults cost."""
 
 import threading
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_points_are_logged_with_the_checkpoint_that_covers_them(tmp_path: Path, 
     writer.close()
 
 
-def test_what_was_committed_but_not_logged_is_logged_once_by_whoever_resumes(tmp_path: Path, mlflow_store: str) -> None:
+def test_points_saved_but_not_logged_are_logged_once_by_a_resumed_run(tmp_path: Path, mlflow_store: str) -> None:
     record = open_run()
     record.log_points([point(1), point(2)])
     writer = CheckpointWriter(str(tmp_path / "r"), 2, record.log_points, [point(2), point(3)], INFINITE, print)
@@ -57,17 +57,17 @@ def test_what_was_committed_but_not_logged_is_logged_once_by_whoever_resumes(tmp
     assert record.history(tracking.LOSS) == [(step, float(step)) for step in (1, 2, 3, 4)]
 
 
-def test_storage_that_is_away_costs_the_checkpoints_of_that_time_only(tmp_path: Path, mlflow_store: str) -> None:
-    run, record, said = tmp_path / "r", open_run(), list[str]()
-    writer = CheckpointWriter(str(run), 2, record.log_points, [], INFINITE, said.append)
+def test_unavailable_storage_costs_only_the_checkpoints_of_that_time(tmp_path: Path, mlflow_store: str) -> None:
+    run, record, lines = tmp_path / "r", open_run(), list[str]()
+    writer = CheckpointWriter(str(run), 2, record.log_points, [], INFINITE, lines.append)
     writer.add(point(1))
     assert writer.finish(checkpoint(1, writer), 10, nothing)
     run.rename(tmp_path / "away")
     run.write_text("not a directory")
     writer.add(point(2))
     assert not writer.finish(checkpoint(2, writer), 2, nothing)
-    assert writer.failed
-    assert said[-1].startswith("step 2 could not be saved")
+    assert writer.failure
+    assert lines[-1].startswith("step 2: could not save the checkpoint")
     assert [step for step, _ in record.history(tracking.LOSS)] == [1]
     run.unlink()
     (tmp_path / "away").rename(run)
@@ -78,31 +78,31 @@ def test_storage_that_is_away_costs_the_checkpoints_of_that_time_only(tmp_path: 
     writer.close()
 
 
-def test_checkpoints_do_not_wait_for_an_mlflow_that_does_not_answer(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_checkpoints_do_not_wait_for_an_unresponsive_mlflow(tmp_path: Path) -> None:
+    lines: list[str] = []
 
     def refuse(points: list[tracking.Point]) -> None:
         raise ConnectionError("connection refused")
 
-    writer = CheckpointWriter(str(tmp_path / "r"), 2, refuse, [], INFINITE, said.append)
+    writer = CheckpointWriter(str(tmp_path / "r"), 2, refuse, [], INFINITE, lines.append)
     writer.add(point(1))
     assert writer.finish(checkpoint(1, writer), 10, nothing)
     assert [point["step"] for point in writer.points()] == [1]
-    assert any("connection refused" in line for line in said)
+    assert any("connection refused" in line for line in lines)
     [path] = checkpoints.paths(str(tmp_path / "r"))
     assert [point["step"] for point in checkpoints.load(path).state["points"]] == [1]
     writer.close()
 
 
-def test_training_does_not_wait_for_a_commit(
+def test_training_does_not_wait_for_a_checkpoint(
     tmp_path: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While one is written, of two more only the newer is kept."""
-    save, writing, go_on = checkpoints.save, threading.Event(), threading.Event()
+    """While one checkpoint is being written, the newer one of two more replaces the other in the queue."""
+    save, writing, released = checkpoints.save, threading.Event(), threading.Event()
 
     def slow(checkpoint: Checkpoint, path: str) -> None:
         writing.set()
-        assert go_on.wait(30)
+        assert released.wait(30)
         save(checkpoint, path)
 
     monkeypatch.setattr(checkpoints, "save", slow)
@@ -112,7 +112,7 @@ def test_training_does_not_wait_for_a_commit(
     writer.begin(checkpoint(2, writer))
     assert not writer.idle
     writer.begin(checkpoint(3, writer))
-    go_on.set()
+    released.set()
     assert writer.finish(checkpoint(4, writer), 30, nothing)
     writer.close()
     assert steps_saved(tmp_path / "r")[0] == 4

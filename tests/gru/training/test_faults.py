@@ -1,5 +1,5 @@
-"""Training that cannot be lost: whatever is killed, damaged, full or away, the run ends with the weights and the
-logged steps of one that was not disturbed."""
+"""Tests of training under faults: whatever is killed, damaged, full or unavailable, the run ends with the weights and
+the logged steps of an undisturbed run."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ def logged_steps(steps: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def cluster(bucket: str) -> Iterator[Cluster]:
-    """Three nodes, of which two workers need two; they know the bucket."""
+    """A cluster of three nodes, of which two workers need two; its processes have the bucket's credentials."""
     with cluster_of(1, 1, 1) as cluster:
         yield cluster
 
@@ -51,11 +51,11 @@ def site(cluster: Cluster, fables: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def expected(site: Site, cluster: Cluster) -> str:
-    """SHA-256 of the weights that an undisturbed run of two workers ends with."""
-    return weights_undisturbed(site.run(cluster, "undisturbed"))
+    """The SHA-256 of the final weights of an undisturbed run of two workers."""
+    return undisturbed_weights(site.run(cluster, "undisturbed"))
 
 
-def weights_undisturbed(run: Training) -> str:
+def undisturbed_weights(run: Training) -> str:
     run.start().finish()
     assert run.logged() == logged_steps(run.config["train"]["steps"])
     assert run.status() == "FINISHED"
@@ -100,11 +100,11 @@ def test_one_worker_is_killed_and_then_both(start: Callable[..., Training], expe
         kill_all(run.workers()[:how_many])
         run.wait_for_line(f"failure {failures} of at most 3: worker")
     run.finish()
-    assert "died; starting again from the last checkpoint" in run.stderr
+    assert "died; restarting from the last checkpoint" in run.stderr
     assert_as_undisturbed(run, expected)
 
 
-def test_the_driver_is_killed_and_then_the_controller_whose_note_is_truncated(
+def test_the_driver_is_killed_and_then_the_controller_whose_checkpoint_list_is_truncated(
     start: Callable[..., Training], expected: str
 ) -> None:
     run = start()
@@ -126,8 +126,8 @@ def test_killed_while_a_checkpoint_is_written(start: Callable[..., Training], ex
     def half_written() -> list[Path]:
         return [p for p in run.directory.glob("step-*") if p.is_dir() and not (p / DIGESTS).exists()]
 
-    for _ in range(3):  # it may become whole before the kill arrives
-        wait_for("half a checkpoint", half_written, every=0)
+    for _ in range(3):  # it may become complete before the kill arrives
+        wait_for("a partial checkpoint", half_written, every=0)
         kill_all(run.workers())
         if half_written():
             break
@@ -140,17 +140,17 @@ def test_killed_while_a_checkpoint_is_written(start: Callable[..., Training], ex
 
 
 def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[..., Training], expected: str) -> None:
-    """The same with all storage in a bucket."""
+    """As the test before, with all storage in a bucket."""
     files = fsspec.filesystem("s3", use_listings_cache=False)
     run = start(bucket=f"{bucket}/store")
 
     def half_uploaded() -> bool:
-        found = files.glob("corpora/store/runs/*/step-*/*")
-        steps = {path.rsplit("/", 1)[0] for path in found}
-        whole = {path.rsplit("/", 1)[0] for path in found if path.endswith(f"/{DIGESTS}")}
-        return bool(whole) and bool(steps - whole)
+        paths = files.glob("corpora/store/runs/*/step-*/*")
+        steps = {path.rsplit("/", 1)[0] for path in paths}
+        complete = {path.rsplit("/", 1)[0] for path in paths if path.endswith(f"/{DIGESTS}")}
+        return bool(complete) and bool(steps - complete)
 
-    wait_for("half a checkpoint", half_uploaded, every=0)
+    wait_for("a partial checkpoint", half_uploaded, every=0)
     kill_all(run.workers())
     run.finish()
     assert "failure 1 of at most 3" in run.stderr
@@ -159,44 +159,44 @@ def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[...,
     assert run.logged() == logged_steps(TRAIN["steps"])
 
 
-def test_the_disk_is_full_and_then_away_for_20_seconds(start: Callable[..., Training], expected: str) -> None:
+def test_the_disk_is_full_and_then_unavailable_for_20_seconds(start: Callable[..., Training], expected: str) -> None:
     run = start()
     run.wait_for_step(60)
     workers = run.workers()
     for worker in workers:
         worker.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
-    run.wait_for_line("could not be saved, and will be tried again: [Errno 27] File too large")
-    kept = [Path(path) for path in checkpoints.paths(str(run.directory))]
-    at = max(checkpoints.load(str(path)).step for path in kept if (path / DIGESTS).exists())
+    run.wait_for_line("could not save the checkpoint, will retry: [Errno 27] File too large")
+    saved = [Path(path) for path in checkpoints.paths(str(run.directory))]
+    at = max(checkpoints.load(str(path)).step for path in saved if (path / DIGESTS).exists())
     assert at >= 60
     for worker in workers:
         worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
     run.wait_for_step(at + 20)
-    told = len(run.stderr)
+    offset = len(run.stderr)
 
     directory, away = run.directory, run.storage / "away"
     directory.rename(away)
     while not directory.is_file():
-        shutil.rmtree(directory, ignore_errors=True)  # which a commit at this moment may have made anew
+        shutil.rmtree(directory, ignore_errors=True)  # the checkpoint writer may have just created it again
         with suppress(IsADirectoryError):
             directory.write_text("not a directory")
     time.sleep(20)
     directory.unlink()
     away.rename(directory)
     run.finish()
-    assert "could not be saved, and will be tried again" in run.stderr[told:]
+    assert "could not save the checkpoint, will retry" in run.stderr[offset:]
     assert "failure 1" not in run.stderr
     assert_as_undisturbed(run, expected)
 
 
-def test_told_to_stop_and_then_a_byte_of_the_newest_checkpoint_flipped(
+def test_a_stop_signal_and_then_a_flipped_byte_in_the_newest_checkpoint(
     start: Callable[..., Training], expected: str
 ) -> None:
     run = start()
     run.wait_for_step(60)
     run.signal(signal.SIGTERM)
     assert run.wait(60) == 128 + signal.SIGTERM, run.stderr
-    assert f"stopped at step {run.newest_step():,}, saved: the same command goes on from there" in run.stderr
+    assert f"stopped at step {run.newest_step():,} and saved it; run the same command to resume" in run.stderr
     assert run.status() == "KILLED"
     assert run.logged()[-1] == run.newest_step() // TRAIN["log_steps"] * TRAIN["log_steps"]
 
@@ -204,21 +204,19 @@ def test_told_to_stop_and_then_a_byte_of_the_newest_checkpoint_flipped(
     run.close()
     kill_all(run.workers())
     newest = Path(checkpoints.paths(str(run.directory))[0])
-    whole = max(p for p in run.directory.glob("step-*") if (p / DIGESTS).exists())
-    assert newest == whole or not (newest / DIGESTS).exists()
-    weights = whole / "model.safetensors"
+    complete = max(p for p in run.directory.glob("step-*") if (p / DIGESTS).exists())
+    assert newest == complete or not (newest / DIGESTS).exists()
+    weights = complete / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     run.start().finish()
-    assert f"{whole.name}/model.safetensors: its SHA-256 differs" in run.stderr
+    assert f"{complete.name}/model.safetensors: its SHA-256 differs" in run.stderr
     assert_as_undisturbed(run, expected)
 
 
-def test_a_worker_that_stands_still_and_then_a_read_that_never_returns(
-    start: Callable[..., Training], expected: str
-) -> None:
-    """A shard gives way to a pipe that nobody writes to, as a mount that hangs."""
+def test_a_stalled_worker_and_then_a_read_that_never_returns(start: Callable[..., Training], expected: str) -> None:
+    """A pipe that nobody writes to replaces a shard, like a mount that hangs."""
     run = start(stall_seconds=15, max_failures=20)
     run.wait_for_step(40)
     stopped = run.workers()[1]
@@ -226,23 +224,23 @@ def test_a_worker_that_stands_still_and_then_a_read_that_never_returns(
     run.wait_for_line("failure 1 of at most 20", 60)
     run.wait_for_step(run.newest_step() + 20)
     assert not stopped.is_running()
-    told = len(run.stderr)
+    offset = len(run.stderr)
 
     [shard] = run.storage.glob("datasets/*/train-*.parquet")
-    kept = shard.with_suffix(".kept")
-    shard.rename(kept)
+    moved = shard.with_suffix(".moved")
+    shard.rename(moved)
     os.mkfifo(shard)
     try:
         run.wait_for_line("failure 2 of at most 20", 60)
     finally:
-        kept.replace(shard)
+        moved.replace(shard)
     run.finish()
-    assert "has finished no step for train.stall_seconds = 15" in run.stderr[told:]
-    assert "in batch, lanes.py" in run.stderr[told:]
+    assert "has finished no step for train.stall_seconds = 15" in run.stderr[offset:]
+    assert "in batch, batches.py" in run.stderr[offset:]
     assert_as_undisturbed(run, expected)
 
 
-def test_workers_that_fail_too_often(start: Callable[..., Training]) -> None:
+def test_workers_that_fail_too_often_end_the_run(start: Callable[..., Training]) -> None:
     run = start(max_failures=1)
     run.wait_for_step(40)
     kill_all(run.workers())
@@ -255,12 +253,12 @@ def test_workers_that_fail_too_often(start: Callable[..., Training]) -> None:
     assert run.status() == "FAILED"
 
 
-def test_a_node_killed(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
+def test_a_node_is_killed(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
     run = start()
     run.wait_for_step(60)
     node = run.node_with_a_worker()
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    kill_all([raylet, *raylet.children(recursive=True)])  # as a machine that loses its power
+    kill_all([raylet, *raylet.children(recursive=True)])  # like a machine that loses its power
     try:
         run.finish()
     finally:
@@ -268,12 +266,12 @@ def test_a_node_killed(cluster: Cluster, start: Callable[..., Training], expecte
         cluster.add_node(num_cpus=1)
     assert "failure 1 of at most 3" in run.stderr
     result = json.loads((run.storage / "out.txt").read_text().splitlines()[-1])
-    assert result["stage"] == "train", "the result is the last line, whatever Ray says of the node"
+    assert result["stage"] == "train", "the result is not the last line of stdout"
     assert_as_undisturbed(run, expected)
 
 
-def test_a_node_that_is_about_to_be_taken_away(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
-    """It is left before it goes, at a checkpoint of that moment, and not counted as a failure."""
+def test_a_node_that_is_about_to_be_preempted(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
+    """The workers leave it before its deadline, with a checkpoint of that step, and it does not count as a failure."""
     run = start(max_failures=0, checkpoint_seconds=1000, checkpoint_steps=None)
     run.wait_for_line("step ")
     node = run.node_with_a_worker()
@@ -281,7 +279,7 @@ def test_a_node_that_is_about_to_be_taken_away(cluster: Cluster, start: Callable
     preemption = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     try:
         assert GcsClient(cluster.address).drain_node(node.node_id, preemption, "spot", deadline_ms)[0]
-        run.wait_for_line("a node is about to be taken away: saved at step")
+        run.wait_for_line("a node is about to be preempted: saved at step")
         run.finish()
     finally:
         cluster.remove_node(node, allow_graceful=False)
@@ -290,11 +288,11 @@ def test_a_node_that_is_about_to_be_taken_away(cluster: Cluster, start: Callable
 
 
 @pytest.mark.parametrize(("cpus", "grown"), [((1,), 2), pytest.param((1, 1), 4, marks=pytest.mark.chaos)])
-def test_as_many_workers_as_there_is_room_for(
+def test_an_elastic_run_uses_as_many_workers_as_fit(
     site: Site, request: pytest.FixtureRequest, cpus: tuple[int, ...], grown: int
 ) -> None:
-    """1 -> 2 -> 1 and 2 -> 4 -> 1 workers: weights, optimizer and the carried states of all lanes are, bit for bit,
-    those of one process that was never disturbed."""
+    """With 1 -> 2 -> 1 and 2 -> 4 -> 1 workers, weights, optimizer and the carried states of all lanes have the same
+    bits as in one undisturbed process."""
     with cluster_of(*cpus) as cluster:
         name = f"elastic-{len(cpus)}-{grown}"
         run = site.run(cluster, name, steps=100_000, min_workers=1, workers=grown, bitwise_elastic=4).start()
@@ -304,7 +302,7 @@ def test_as_many_workers_as_there_is_room_for(
             added = cluster.add_node(num_cpus=grown - len(cpus))
             run.wait_for_workers(grown)
             run.wait_for_step(run.newest_step() + 40)
-            run.close()  # the next one is to find the room that this one had claimed
+            run.close()  # the next driver takes over the resources that this one has reserved
             run.start().wait_for_workers(grown, 60)
             run.wait_for_step(run.newest_step() + 40)
             for node in [added, *cluster.worker_nodes]:
@@ -332,12 +330,12 @@ def test_as_many_workers_as_there_is_room_for(
 def test_random_kills(
     site: Site, cluster: Cluster, start: Callable[..., Training], expected: str, seed: int, kills: int, steps: int
 ) -> None:
-    """Of a worker, all of them, the controller or the driver, at random times after the last one's recovery."""
+    """A worker, all of them, the controller or the driver is killed, at random times after the previous recovery."""
     chance = random.Random(seed)
     if steps != TRAIN["steps"]:
-        expected = weights_undisturbed(site.run(cluster, f"undisturbed-{steps}", steps=steps))
-    room = steps // (2 * kills) - 20  # a checkpoint later it has recovered, and a few more pass before the kill
-    plan = [(chance.randrange(room), chance.random(), chance.random()) for _ in range(kills)]
+        expected = undisturbed_weights(site.run(cluster, f"undisturbed-{steps}", steps=steps))
+    max_wait = steps // (2 * kills) - 20  # the run has recovered after one checkpoint; a few more steps pass
+    plan = [(chance.randrange(max_wait), chance.random(), chance.random()) for _ in range(kills)]
     victims = chance.sample(["worker", "workers", "driver"] * kills + ["controller"] * 2, kills)
     run = start(max_failures=kills, steps=steps)
     for (wait, seconds, which), victim in zip(plan, victims, strict=True):

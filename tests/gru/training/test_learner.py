@@ -1,4 +1,4 @@
-"""Promises of training, without Ray: it learns, going on is exact, and workers do not change what is computed."""
+"""Tests of training without Ray: it learns, a resume is exact, and the number of workers does not change results."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ def tokens() -> np.ndarray:
 
 
 def train(learner: Learner, steps: int) -> list[float]:
-    """Losses of the learner's own lanes, from where it is up to `steps`."""
+    """Train up to step `steps`, and return the losses of the learner's own lanes."""
     corpus, losses = tokens(), []
     order = LaneOrder([400, 400], CONFIG.seed, CONFIG.batch_size, CONFIG.sequence_length)
     with LaneReader(order, lambda i: corpus[400 * i : 400 * (i + 1)], END, learner.lanes) as reader:
@@ -49,13 +49,13 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_going_on_from_a_checkpoint_is_bit_identical(tmp_path: Path, precision: Precision) -> None:
+def test_resuming_from_a_checkpoint_is_bit_identical(tmp_path: Path, precision: Precision) -> None:
     undisturbed = learner(precision=precision)
     losses = train(undisturbed, 12)
     first = learner(precision=precision)
     train(first, 5)
     checkpoints.save(first.checkpoint({"identity": {}}), str(tmp_path))
-    torch.manual_seed(99)  # nothing may hang on the global generator
+    torch.manual_seed(99)  # nothing may depend on the global generator
     second = learner(precision=precision)
     second.restore(checkpoints.load(str(tmp_path)))
     assert second.step == 5
@@ -75,14 +75,14 @@ def test_precisions_agree_on_the_loss() -> None:
 
 def test_it_learns() -> None:
     config = TrainConfig(steps=150, batch_size=4, sequence_length=16, warmup_steps=5)
-    pupil = Learner(ModelConfig(embedding=32, hidden=32), config, VOCAB, END)
+    worker = Learner(ModelConfig(embedding=32, hidden=32), config, VOCAB, END)
     corpus = np.tile(np.arange(1, 11, dtype=np.uint16), 200)
     order = LaneOrder([len(corpus)], 0, config.batch_size, config.sequence_length)
-    with LaneReader(order, lambda i: corpus, END, pupil.lanes) as reader:
-        losses = [float(pupil.train_step(*reader.batch(step))[0]) for step in range(150)]
+    with LaneReader(order, lambda i: corpus, END, worker.lanes) as reader:
+        losses = [float(worker.train_step(*reader.batch(step))[0]) for step in range(150)]
     assert losses[0] == pytest.approx(np.log(VOCAB), rel=0.1)
     assert losses[-1] < 0.1
-    assert pupil.heldout_loss(corpus[:500]) < 0.2
+    assert worker.heldout_loss(corpus[:500]) < 0.2
 
 
 def start(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
@@ -91,7 +91,7 @@ def start(function: Callable[..., None], arguments: tuple[Any, ...], processes: 
     multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")
 
 
-def _work(
+def _train_worker(
     rank: int, world: int, rendezvous: str, results: str, precision: Precision, config: TrainConfig = CONFIG
 ) -> None:
     torch.set_num_threads(1)
@@ -116,7 +116,7 @@ def test_workers_share_the_lanes_and_compute_the_same(
     losses = train(alone, 8)
     results = tmp_path / "results"
     results.mkdir()
-    start(_work, (world, str(tmp_path / "rendezvous"), str(results), precision), world)
+    start(_train_worker, (world, str(tmp_path / "rendezvous"), str(results), precision), world)
     together = checkpoints.load(str(results))
     assert together.state["losses"] == pytest.approx(losses, rel=rounding)
     assert together.state["heldout"] == pytest.approx(alone.heldout_loss(tokens()[:301]), rel=rounding)
@@ -127,7 +127,7 @@ def test_workers_share_the_lanes_and_compute_the_same(
     assert train(rest, 12) == pytest.approx(train(alone, 12), rel=10 * rounding)
 
 
-def _resume(rank: int, world: int, rendezvous: str, first: str, last: str) -> None:
+def _resume_worker(rank: int, world: int, rendezvous: str, first: str, last: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     worker = learner(rank, world)
@@ -145,16 +145,16 @@ def _resume(rank: int, world: int, rendezvous: str, first: str, last: str) -> No
     os._exit(0)
 
 
-def test_three_workers_go_on_bit_identically(tmp_path: Path) -> None:
-    """Where more than two numbers are summed the order matters, and it must not depend on when DDP began."""
+def test_three_workers_resume_bit_identically(tmp_path: Path) -> None:
+    """The order of a sum of more than two numbers matters, and must not depend on when DDP started."""
     undisturbed, half, resumed = (str(tmp_path / name) for name in ("undisturbed", "half", "resumed"))
     for turn, (first, last) in enumerate([(undisturbed, undisturbed), (half, resumed), (half, resumed)]):
-        start(_resume, (3, str(tmp_path / f"rendezvous{turn}"), first, last), 3)
-    expected, found = checkpoints.load(undisturbed), checkpoints.load(resumed)
+        start(_resume_worker, (3, str(tmp_path / f"rendezvous{turn}"), first, last), 3)
+    expected, actual = checkpoints.load(undisturbed), checkpoints.load(resumed)
     assert checkpoints.load(half).step == 4
     for stem, tensors in expected.tensors.items():
         for name, tensor in tensors.items():
-            assert torch.equal(found.tensors[stem][name], tensor), (stem, name)
+            assert torch.equal(actual.tensors[stem][name], tensor), (stem, name)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -171,7 +171,7 @@ def test_with_bitwise_elastic_any_number_of_workers_gives_the_same_bits(tmp_path
     for world in (2, 3, 4):
         results = tmp_path / f"results{world}"
         arguments = (world, str(tmp_path / f"rendezvous{world}"), str(results), precision, config)
-        start(_work, arguments, world)
+        start(_train_worker, arguments, world)
         together = checkpoints.load(str(results))
         assert together.state["losses"] == pytest.approx(losses, rel=1e-6)
         for stem, tensors in expected.tensors.items():
@@ -180,16 +180,16 @@ def test_with_bitwise_elastic_any_number_of_workers_gives_the_same_bits(tmp_path
 
 
 @pytest.mark.parametrize("config", [CONFIG, CONFIG.model_copy(update={"bitwise_elastic": 3})])
-def test_a_step_that_is_not_finite_changes_nothing_and_names_its_lanes(config: TrainConfig) -> None:
-    pupil = learner(config=config)
-    train(pupil, 3)
-    pupil.state_LBH[:, 4] = float("inf")
-    before = pupil.checkpoint({})
+def test_a_gradient_that_is_not_finite_changes_nothing_and_names_its_lanes(config: TrainConfig) -> None:
+    worker = learner(config=config)
+    train(worker, 3)
+    worker.state_LBH[:, 4] = float("inf")
+    before = worker.checkpoint({})
     window = (np.full((8, 6), 3, dtype=np.int64), np.ones((8, 6), dtype=np.int64))
     with pytest.raises(Diverged, match=r"the gradient's norm is (nan|inf) at step 4"):
-        pupil.train_step(*window)
-    assert pupil.suspects(*window, lambda: None) == [4]
-    for stem, tensors in pupil.checkpoint({}).tensors.items():
+        worker.train_step(*window)
+    assert worker.suspects(*window, lambda: None) == [4]
+    for stem, tensors in worker.checkpoint({}).tensors.items():
         for name, tensor in tensors.items():
             torch.testing.assert_close(tensor, before.tensors[stem][name], rtol=0, atol=0, equal_nan=True)
 

@@ -1,4 +1,4 @@
-"""Training under Ray Train, with two workers."""
+"""Tests of training under Ray Train, with two workers."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1, precision="fp32")
 CONFIG = TrainConfig(
     steps=60, batch_size=6, sequence_length=16, workers=2, threads=1, heldout_steps=20, checkpoint_seconds=0.5
 )
-GIVEN = TrainResources()
+RESOURCES = TrainResources()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def dataset(fables: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: N
 def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, mlflow_store: str) -> None:
     run = tracking.open_run("test", "key", "train")
     lines: list[str] = []
-    last = train(MODEL, CONFIG, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    last = train(MODEL, CONFIG, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
     assert last.step == 60
     assert last.state["precision"] == "fp32"
     assert last.tensors["lanes"]["state"].shape == (1, 6, 32)
@@ -57,15 +57,15 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
     means = [sum(losses[i : i + 10]) / 10 for i in range(0, 60, 10)]
     assert [loss for _, loss in logged] == pytest.approx(means, rel=1e-4)
 
-    again = train(MODEL, CONFIG, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
-    assert again.state == last.state, "a finished run is not trained again"
+    second = train(MODEL, CONFIG, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    assert second.state == last.state, "a finished run is not trained again"
     with pytest.raises(UserError, match=r"its model\.embedding is 32, but this run's is 8"):
         other = ModelConfig(embedding=8)
-        train(other, CONFIG, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
+        train(other, CONFIG, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.chaos), 2])
-def test_training_that_diverges_says_so_and_is_not_tried_again(
+def test_divergence_is_an_error_and_is_not_retried(
     dataset: Dataset, tmp_path: Path, mlflow_store: str, workers: int
 ) -> None:
     run = tracking.open_run("test", "other key", "train")
@@ -73,7 +73,7 @@ def test_training_that_diverges_says_so_and_is_not_tried_again(
     directory = tmp_path / "runs" / "r"
     lines: list[str] = []
     with pytest.raises(UserError, match=r"training diverged: the gradient's norm is \w+ at step \d+ in \d of 6 lanes"):
-        train(MODEL, config, GIVEN, dataset, str(directory), mlflow_store, run.id, lines.append)
+        train(MODEL, config, RESOURCES, dataset, str(directory), mlflow_store, run.id, lines.append)
     assert not any("failure" in line for line in lines)
     report = json.loads((directory / DIVERGENCE).read_text())
     [newest, *_] = checkpoints.paths(str(directory))
@@ -86,16 +86,16 @@ def test_training_that_diverges_says_so_and_is_not_tried_again(
     epoch, start, stop = order.window_of(saved.step)
     segments, end_of_text, tokenizer = dataset.segments("train"), dataset.manifest.end_of_text, dataset.tokenizer()
     for suspect in report["lanes"]:
-        found = [dataset.document(int(name, 16)) for name in suspect["documents"]]
-        texts = [text for _, text in filter(None, found)]
+        documents = [dataset.document(int(name, 16)) for name in suspect["documents"]]
+        texts = [text for _, text in filter(None, documents)]
         assert len(texts) == len(suspect["documents"]) > 0
         for segment, first, after in order.slices(epoch, suspect["lane"], start, stop):
-            read = dataset.read_segment(segments[segment])[first:after]
-            for part in np.split(read, np.flatnonzero(read == end_of_text)):
+            tokens = dataset.read_segment(segments[segment])[first:after]
+            for part in np.split(tokens, np.flatnonzero(tokens == end_of_text)):
                 assert any(tokenizer.decode(part[part != end_of_text]) in text for text in texts)
 
 
-def test_a_corpus_smaller_than_a_window_for_each_lane_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+def test_a_corpus_smaller_than_one_window_for_each_lane_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"batch_size": 1000, "sequence_length": 1000})
     with pytest.raises(UserError, match=r"too few for train.batch_size = 1000"):
-        train(MODEL, config, GIVEN, dataset, str(tmp_path / "runs" / "r"), mlflow.get_tracking_uri(), "none", print)
+        train(MODEL, config, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow.get_tracking_uri(), "none", print)
