@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 CHECKOUT = Path(__file__).parents[2]
 INSTALLED = Path(sys.prefix)
@@ -152,4 +152,4 @@ def _child(parent: subprocess.Popen[bytes]) -> int:
         assert parent.poll() is None, "unshare failed: it needs root"
         return psutil.Process(parent.pid).children()
 
-    return wait_for("a namespace", found, 10)[0].pid
+    return wait_until("a namespace", found, 10)[0].pid

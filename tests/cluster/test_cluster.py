@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import CHECKOUT, INSTALLED, Host, Network, Running
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -48,8 +48,8 @@ layers = 2
 dropout = 0.1
 [train]
 steps = {STEPS}
-lanes = 16
-window = 32
+batch_size = 16
+sequence_length = 32
 workers = 2
 bitwise_elastic = 2
 checkpoint_seconds = 2
@@ -169,16 +169,16 @@ class Cluster:
             "DBOS_SYSTEM_DATABASE_URL": f"postgresql{database}/workflows",
             "GRU_API_KEY": key,
         }
-        wait_for("the store", lambda: self.page("http://s3:9000/refused"))
+        wait_until("the store", lambda: self.page("http://s3:9000/refused"))
         desk.python(UPLOAD)
-        wait_for("MLflow", lambda: self.page("http://mlflow:5000/health"))
-        wait_for("three nodes", lambda: self.nodes() == 3)
+        wait_until("MLflow", lambda: self.page("http://mlflow:5000/health"))
+        wait_until("three nodes", lambda: self.nodes() == 3)
 
     def start_postgres(self) -> None:
         command = f"{_postgres_programs()}/postgres -D /tmp/postgres -c listen_addresses=mlflow -c fsync=off"
         host = self.hosts["mlflow"]
         self.services["postgres"] = host.spawn(f"exec {AS_POSTGRES} {command}", "postgres")
-        wait_for("Postgres", lambda: "yes" in host.run(f"{_postgres_programs()}/pg_isready -q && echo yes || true"))
+        wait_until("Postgres", lambda: "yes" in host.run(f"{_postgres_programs()}/pg_isready -q && echo yes || true"))
 
     def start_mlflow(self) -> None:
         command = "mlflow server --host=mlflow --port=5000 --workers=1 --artifacts-destination=s3://gru/mlflow"
@@ -256,7 +256,7 @@ class Pipeline:
             assert self.running.process.poll() is None, self.told
             return self.step >= step
 
-        wait_for(f"a checkpoint from step {step} on", reached, 240)
+        wait_until(f"a checkpoint from step {step} on", reached, 240)
         return time.monotonic() - began
 
     def check(self) -> None:
@@ -331,12 +331,12 @@ def test_a_worker_is_cut_off_and_comes_back_while_the_store_refuses_every_tenth_
     assert before
     cluster.network.cut("worker2")
     print(f"link cut: goes on with one worker after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
-    wait_for("its end", lambda: cluster.nodes() == 2)
+    wait_until("its end", lambda: cluster.nodes() == 2)
     cluster.network.restore("worker2")
     restored = time.monotonic()
-    wait_for("the node", lambda: cluster.nodes() == 3)
+    wait_until("the node", lambda: cluster.nodes() == 3)
     print(f"link restored: a node again after {time.monotonic() - restored:.0f} s")
-    wait_for("a worker there", lambda: set(cluster.hosts["worker2"].processes("RayTrainWorker")) - set(before))
+    wait_until("a worker there", lambda: set(cluster.hosts["worker2"].processes("RayTrainWorker")) - set(before))
     print(f"link restored: two workers again after {time.monotonic() - restored:.0f} s")
     pipeline.check()
     refused = int(cluster.page("http://s3:9000/refused"))
@@ -350,7 +350,7 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cl
     pipeline = start(cluster, "services", "train.min_workers=1")
     pipeline.wait_for_step(50)
     twin = start(cluster, "services", "train.min_workers=1")
-    wait_for("the twin to look on", lambda: "by another process" in twin.told)
+    wait_until("the twin to look on", lambda: "by another process" in twin.told)
     [driver] = [each for each in cluster.hosts["head"].processes("-m jobs.train") if each.name() == "python"]
     driver.kill()
     print(f"job killed: the next attempt goes on after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
@@ -360,24 +360,24 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cl
     restarted = time.monotonic()
     cluster.start_postgres()
     experiments = "http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1"
-    wait_for("MLflow on Postgres", lambda: cluster.page(experiments))
+    wait_until("MLflow on Postgres", lambda: cluster.page(experiments))
     print(f"Postgres restarted: MLflow answers after {time.monotonic() - restarted:.0f} s")
     pipeline.wait_for_step(pipeline.step + 50)
 
     assert " step " not in twin.told, "it is still to look on"
     pipeline.running.kill()
     killed = time.monotonic()
-    wait_for("the twin to go on", lambda: " step " in twin.told)
+    wait_until("the twin to go on", lambda: " step " in twin.told)
     print(f"workflow killed: the one that looked on works after {time.monotonic() - killed:.0f} s")
     other = start(cluster, "services", "train.min_workers=1")
-    wait_for("a third to look on", lambda: "by another process" in other.told)
+    wait_until("a third to look on", lambda: "by another process" in other.told)
     at = twin.step
     assert at < STEPS
     cluster.services["mlflow"].kill()
     time.sleep(30)
     print(f"MLflow stopped for 30 s: training went on from step {at} to {twin.step}")
     cluster.start_mlflow()
-    wait_for("MLflow", lambda: cluster.page(experiments))
+    wait_until("MLflow", lambda: cluster.page(experiments))
     answers = time.monotonic()
     twin.check()
     other.check()

@@ -30,7 +30,7 @@ from gru.model.inference import inference_model
 from gru.registry.bundle import load_bundle
 from gru.training.learner import Learner
 from jobs import entry
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 GRU = [str(Path(sys.executable).with_name("gru"))]
@@ -54,8 +54,8 @@ layers = 2
 dropout = 0.1
 [train]
 steps = {steps}
-lanes = 16
-window = 32
+batch_size = 16
+sequence_length = 32
 threads = 1
 checkpoint_seconds = 1
 heldout_steps = 100
@@ -145,7 +145,7 @@ class Pipeline:
             assert self.process.poll() is None, self.stderr
             return f"{stage:9} running" in self.stderr
 
-        wait_for(f"stage {stage}", reached)
+        wait_until(f"stage {stage}", reached)
 
     def wait_for_step(self, step: int) -> None:
         def reached() -> bool:
@@ -153,7 +153,7 @@ class Pipeline:
             assert self.process.poll() is None, self.stderr
             return self.newest_step() >= step
 
-        wait_for(f"a checkpoint at step {step}", reached)
+        wait_until(f"a checkpoint at step {step}", reached)
 
     def kill(self) -> None:
         assert self.process is not None
@@ -171,7 +171,7 @@ class Pipeline:
 
     def stack_processes(self) -> list[psutil.Process]:
         processes = []
-        for note in self.storage.glob("stack/*.json"):
+        for note in self.storage.glob("embedded/*.json"):
             root = psutil.Process(json.loads(note.read_text())["process"][0])
             processes += [root, *root.children(recursive=True)]
         return processes
@@ -194,7 +194,7 @@ class Pipeline:
             assert self.process.poll() is None, self.stderr
             return None
 
-        self.result = wait_for("the result", result, 300)
+        self.result = wait_until("the result", result, 300)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +341,7 @@ def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipelin
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(pipeline.storage / "stack" / "ray-token"),
+        "RAY_AUTH_TOKEN_PATH": str(pipeline.storage / "embedded" / "ray-token"),
     }
     ray = str(Path(sys.executable).with_name("ray"))
     job = ["-m", "jobs.prepare", pipeline.config]
@@ -371,7 +371,7 @@ def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> N
     running = subprocess.Popen(
         longer, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for("the job", lambda: pipeline.job_processes("train"))[0].kill()
+    wait_until("the job", lambda: pipeline.job_processes("train"))[0].kill()
     out, err = running.communicate()
     assert running.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
@@ -388,10 +388,10 @@ def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> N
     client = mlflow.MlflowClient(pipeline.tracking)
     client.set_registered_model_alias("fables", "champion", "2")
     client.set_model_version_tag("fables", "2", "previous_champion", "1")
-    wait_for("version 2", lambda: served() == "2", 30)
+    wait_until("version 2", lambda: served() == "2", 30)
     rollback = subprocess.run([*GRU, "rollback", pipeline.config], capture_output=True, text=True)
     assert rollback.returncode == 0, rollback.stderr
-    wait_for("version 1", lambda: served() == "1", 30)
+    wait_until("version 1", lambda: served() == "1", 30)
 
 
 def test_status_tells_what_each_workflow_has_done(pipeline: Pipeline) -> None:
@@ -411,15 +411,15 @@ def test_of_two_at_once_one_works_and_what_is_cancelled_stops_everywhere(pipelin
     changes = ["--set", "train.steps=100000"]
     command = [*pipeline.command, *changes, "--exit"]
     killed = subprocess.Popen(command, cwd=pipeline.directory, stderr=subprocess.DEVNULL)
-    wait_for("the job", lambda: pipeline.job_processes("train"))
+    wait_until("the job", lambda: pipeline.job_processes("train"))
     told = pipeline.directory / "told.txt"
     with told.open("w") as err:
         running = subprocess.Popen(command, cwd=pipeline.directory, stderr=err)
-    wait_for("it to look on", lambda: "train     running" in told.read_text())
+    wait_until("it to look on", lambda: "train     running" in told.read_text())
     assert "by another process" in told.read_text()
     killed.kill()
     killed.wait()
-    wait_for("it to go on", lambda: " step " in told.read_text())
+    wait_until("it to go on", lambda: " step " in told.read_text())
     [*_, workflow] = pipeline.status()
     assert workflow["state"] == "running"
     cancel = [*GRU, "cancel", pipeline.config, *changes]
@@ -442,7 +442,7 @@ def test_a_sweep_that_is_killed_goes_on_and_finds_the_best(pipeline: Pipeline) -
     variants = ["--over", "train.steps=[20]", "--trial", "train.steps=200"]
     command = [*GRU, "sweep", pipeline.config, *variants, "--at-once=2", *stack]
     killed = subprocess.Popen(command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    wait_for("both jobs", lambda: len(pipeline.job_processes("train")) == 2)
+    wait_until("both jobs", lambda: len(pipeline.job_processes("train")) == 2)
     killed.kill()
     killed.wait()
     done = subprocess.run(command, cwd=pipeline.directory, capture_output=True, text=True)
@@ -560,4 +560,4 @@ def test_told_to_stop_it_finishes_answers_leaves_no_process_and_goes_on_where_it
     assert {k: again[k] for k in ("version", "bits_per_byte", "sample")} == {
         k: pipeline.result[k] for k in ("version", "bits_per_byte", "sample")
     }
-    assert not list(pipeline.storage.glob("stack/*.json")), "--exit leaves nothing running either"
+    assert not list(pipeline.storage.glob("embedded/*.json")), "--exit leaves nothing running either"
