@@ -2,14 +2,14 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from gru.config import PipelineConfig
 from gru.registry import tracking
 from jobs import entry, stages
+from jobs.results import PromoteResult
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> PromoteResult:
     entry.require_tracking()
     prepared = stages.prepare_stage(config, context.dataset).require()
     trained = stages.train_stage(config, prepared).require()

@@ -1,17 +1,18 @@
 """Serve the registry's @champion over HTTP (Ray Serve); returns when the endpoint answers."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gru.config import PipelineConfig
 from gru.errors import UserError
 from jobs import entry, stages
+from jobs.results import ServeResult
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> ServeResult:
     tracking_uri = entry.require_tracking()
     if "RAY_ADDRESS" not in os.environ:
         raise UserError("RAY_ADDRESS is not set: an endpoint needs a Ray that stays; `ray job submit` runs this on one")

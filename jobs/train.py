@@ -1,16 +1,16 @@
 """Train the model on the prepared dataset (Ray Train), and bundle it."""
 
 import time
-from typing import Any
 
 from gru import storage
 from gru.config import PipelineConfig
 from gru.registry import tracking
 from gru.registry.bundle import write_bundle
 from jobs import entry, stages
+from jobs.results import TrainResult
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> TrainResult:
     tracking_uri = entry.require_tracking()
     prepared = stages.prepare_stage(config, context.dataset).require()
     stage = stages.train_stage(config, prepared)

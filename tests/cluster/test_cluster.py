@@ -350,7 +350,7 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cl
     pipeline = start(cluster, "services", "train.min_workers=1")
     pipeline.wait_for_step(50)
     twin = start(cluster, "services", "train.min_workers=1")
-    wait_until("the twin to look on", lambda: "by another process" in twin.told)
+    wait_until("the twin to look on", lambda: "in another process" in twin.told)
     [driver] = [each for each in cluster.hosts["head"].processes("-m jobs.train") if each.name() == "python"]
     driver.kill()
     print(f"job killed: the next attempt goes on after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
@@ -370,7 +370,7 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cl
     wait_until("the twin to go on", lambda: " step " in twin.told)
     print(f"workflow killed: the one that looked on works after {time.monotonic() - killed:.0f} s")
     other = start(cluster, "services", "train.min_workers=1")
-    wait_until("a third to look on", lambda: "by another process" in other.told)
+    wait_until("a third to look on", lambda: "in another process" in other.told)
     at = twin.step
     assert at < STEPS
     cluster.services["mlflow"].kill()

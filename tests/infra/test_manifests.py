@@ -23,7 +23,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from gru import config as configuration
 from gru.config import ServeConfig, content_key
 from gru.serving.metrics import Metrics
-from pipelines import cli
+from pipelines import cli, runtime
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -302,7 +302,7 @@ def test_compose_publishes_on_loopback_only_and_the_ports_that_are_configured() 
             address, outer, inner = port.split(":")
             assert address == "127.0.0.1" and outer == inner
             published[int(inner)] = service
-    run = cli._parser().parse_args(["run", "CONFIG"])
+    run = cli.build_parser().parse_args(["run", "CONFIG"])
     services = COMPOSE["services"]
     assert published[run.ray_port] is services["head"]
     assert published[run.mlflow_port] is services["mlflow"]
@@ -328,7 +328,7 @@ def test_composes_variables_are_made_by_the_readme() -> None:
 
 
 def test_composes_endpoint_wants_a_key() -> None:
-    arguments = cli._parser().parse_args(COMPOSE["services"]["pipeline"]["command"][1:])
+    arguments = cli.build_parser().parse_args(COMPOSE["services"]["pipeline"]["command"][1:])
     config = configuration.load(ROOT / "pipelines" / arguments.config, arguments.set)
     assert config.serve.host == "0.0.0.0" and config.serve.keys == "/run/secrets/keys"
     for key in ("head", "worker"):
@@ -383,9 +383,9 @@ def test_the_image_has_what_it_needs() -> None:
 
 def test_an_installed_package_sends_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or all that is installed would travel with each job."""
-    assert cli._checkout() == str(ROOT)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "pipelines" / "cli.py"))
-    assert cli._checkout() is None
+    assert runtime.checkout() == str(ROOT)
+    monkeypatch.setattr(runtime, "__file__", str(tmp_path / "site-packages" / "pipelines" / "runtime.py"))
+    assert runtime.checkout() is None
 
 
 # Commands
@@ -418,11 +418,11 @@ def test_each_command_exists_with_its_options(command: list[str], monkeypatch: p
     if command[0] == "env" or "=" in command[0]:
         rest = [word for word in command if word != "env"]
         while "=" in rest[0]:
-            assert rest.pop(0) == f"RAY_ADDRESS=http://127.0.0.1:{cli._parser().parse_args(['run', 'C']).ray_port}"
+            assert rest.pop(0) == f"RAY_ADDRESS=http://127.0.0.1:{cli.build_parser().parse_args(['run', 'C']).ray_port}"
         command = rest
     match command:
         case ["gru", *arguments]:
-            parsed = cli._parser().parse_args(arguments)
+            parsed = cli.build_parser().parse_args(arguments)
             if "config" in parsed:
                 beside = ROOT / "pipelines" if parsed.config.startswith("configs/") else ROOT  # as the image has them
                 assert parsed.config == CONFIG_PATH or (beside / parsed.config).exists()
@@ -538,7 +538,7 @@ def test_the_dashboards_panels_have_a_place_each() -> None:
 def test_training_logs_what_the_dashboard_says_of_it() -> None:
     [text] = [panel["options"]["content"] for panel in DASHBOARD["panels"] if panel["type"] == "text"]
     for metric in re.findall(r"`(\S+)`", text):
-        assert f'"{metric}"' in (ROOT / "gru" / "training" / "loop.py").read_text()
+        assert f'"{metric}"' in (ROOT / "gru" / "training" / "worker_loop.py").read_text()
 
 
 def test_the_readme_names_files_that_are_there() -> None:
