@@ -124,12 +124,12 @@ class RayJobs:
 
     def attempts(self) -> list[Attempt]:
         """All attempts at stages of this storage that the server knows, ordered by number."""
-        found = []
+        attempts = []
         for job in self.client.list_jobs():
             if match := re.fullmatch(rf"gru-([a-z]+)-(.+)-{self.scope}-(\d+)", job.submission_id or ""):
                 parent = (job.metadata or {}).get(PARENT, "")
-                found.append(Attempt(match[1], match[2], int(match[3]), parent, job))
-        return sorted(found, key=lambda attempt: attempt.number)
+                attempts.append(Attempt(match[1], match[2], int(match[3]), parent, job))
+        return sorted(attempts, key=lambda attempt: attempt.number)
 
     def stop(self, parent: str) -> None:
         """Stop the running attempts of the workflow with this MLflow run, and wait until they have saved their work."""

@@ -76,20 +76,20 @@ def find_newest(client: DBOSClient, prefix: str) -> tuple[int, bool]:
 
 def workflows(client: DBOSClient, limit: int) -> list[WorkflowRecord]:
     """The newest runs and trials, the newest first; at most `limit`."""
-    found = client.list_workflows(sort_desc=True, limit=limit, name=list(_STAGES_OF))
-    return [_workflow(status) for status in found if status.input]
+    statuses = client.list_workflows(sort_desc=True, limit=limit, name=list(_STAGES_OF))
+    return [_workflow(status) for status in statuses if status.input]
 
 
 def trial_labels(client: DBOSClient, sweep_id: str) -> dict[str, str]:
     """The label of each trial of a sweep by its workflow's id; empty if the workflow is not a sweep."""
-    found = client.list_workflows(parent_workflow_id=sweep_id, load_output=False)
-    return {status.workflow_id: _label(status) for status in found if status.input}
+    statuses = client.list_workflows(parent_workflow_id=sweep_id, load_output=False)
+    return {status.workflow_id: _label(status) for status in statuses if status.input}
 
 
 def unfinished(client: DBOSClient, name: str, config_json: str) -> list[str]:
     """The ids of the runs and sweeps of this configuration, called `name`, that have not ended."""
-    found = client.list_workflows(status=UNFINISHED, workflow_id_prefix=f"{name}-", name=[RUN, SWEEP])
-    return [status.workflow_id for status in found if status.input and _config_json(status) == config_json]
+    statuses = client.list_workflows(status=UNFINISHED, workflow_id_prefix=f"{name}-", name=[RUN, SWEEP])
+    return [status.workflow_id for status in statuses if status.input and _config_json(status) == config_json]
 
 
 def unfinished_trials(client: DBOSClient, sweep_id: str) -> list[str]:
@@ -99,9 +99,9 @@ def unfinished_trials(client: DBOSClient, sweep_id: str) -> list[str]:
 
 def steps(client: DBOSClient, workflow_id: str) -> StepsRecord:
     """The steps of a run or trial that have ended."""
-    found = client.list_workflow_steps(workflow_id)
-    parent = next((step["output"] for step in found if step["function_name"] == OPEN_RUN), None)
-    ended = [step for step in found if step["function_name"] == RUN_STAGE]
+    steps = client.list_workflow_steps(workflow_id)
+    parent = next((step["output"] for step in steps if step["function_name"] == OPEN_RUN), None)
+    ended = [step for step in steps if step["function_name"] == RUN_STAGE]
     return StepsRecord(parent, [_stage(name, step) for name, step in zip(STAGES, ended, strict=False)])
 
 

@@ -53,8 +53,8 @@ def workflows(store: str, database: str, jobs: RayJobs | None, logs: Path) -> li
     """The newest workflows of this storage, the newest last. jobs: None if no Ray is running."""
     client = open_client(database)
     attempts = jobs.attempts() if jobs else []
-    found = records.workflows(client, READ)
-    mine = [record for record in found if json.loads(record.config_json)["storage"] == store]
+    newest = records.workflows(client, READ)
+    mine = [record for record in newest if json.loads(record.config_json)["storage"] == store]
     return [_workflow(client, record, attempts, logs) for record in reversed(mine[:SHOWN])]
 
 
@@ -90,10 +90,10 @@ def _stages(
         yield StageStatus(each.stage, "running", seconds, each.number, str(log_file(logs, each.stage, each.key)))
 
 
-def table(found: list[WorkflowStatus]) -> Group:
+def table(workflows: list[WorkflowStatus]) -> Group:
     """Return a table for people."""
     parts: list[Any] = []
-    for workflow in found:
+    for workflow in workflows:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(workflow.began))
         head = Text(f"{workflow.id}  ")
         head.append(workflow.state, style=COLOURS[workflow.state])
@@ -112,6 +112,6 @@ def table(found: list[WorkflowStatus]) -> Group:
     return Group(*parts)
 
 
-def as_json(found: list[WorkflowStatus]) -> list[dict[str, Any]]:
+def as_json(workflows: list[WorkflowStatus]) -> list[dict[str, Any]]:
     """Return JSON objects for programs."""
-    return [asdict(each) for each in found]
+    return [asdict(each) for each in workflows]

@@ -33,8 +33,8 @@ class ImportGraph:
 
     def chains(self, starts: Iterable[str], is_wrong: Callable[[str, str], bool]) -> list[str]:
         """Return the shortest chain from each start to a target that is wrong for it, readable; the shortest first."""
-        found = [self.shortest_chain(start, partial(is_wrong, start)) for start in starts]
-        return [" -> ".join(chain) for chain in sorted(filter(None, found), key=lambda chain: (len(chain), chain))]
+        chains = [self.shortest_chain(start, partial(is_wrong, start)) for start in starts]
+        return [" -> ".join(chain) for chain in sorted(filter(None, chains), key=lambda chain: (len(chain), chain))]
 
     def _targets(self, file: Path) -> set[str]:
         """The modules that a file imports, with the packages that contain those of the tree."""

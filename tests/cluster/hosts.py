@@ -114,13 +114,13 @@ class Host:
 
     def processes(self, words: str) -> list[psutil.Process]:
         """The processes on this host whose command line contains these words."""
-        found = []
+        matching = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 here = Path(f"/proc/{process.pid}/ns/pid").readlink() == Path(f"/proc/{self.pid}/ns/pid").readlink()
                 if here and words in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    matching.append(process)
+        return matching
 
     def _enter(self) -> list[str]:
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--uts", "--ipc", "--pid"]
@@ -149,8 +149,8 @@ class Running:
 
 
 def _child(parent: subprocess.Popen[bytes]) -> int:
-    def found() -> list[psutil.Process]:
+    def children() -> list[psutil.Process]:
         assert parent.poll() is None, "unshare failed: it needs root"
         return psutil.Process(parent.pid).children()
 
-    return wait_until("a namespace", found, 10)[0].pid
+    return wait_until("a namespace", children, 10)[0].pid

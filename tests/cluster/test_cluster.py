@@ -153,8 +153,8 @@ class Cluster:
         self.start_mlflow()
         self._start_ray(store, token)
 
-        made = subprocess.run([INSTALLED / "bin" / "gru", "key", "desk"], capture_output=True, text=True, check=True)
-        key, line = made.stdout.splitlines()
+        output = subprocess.run([INSTALLED / "bin" / "gru", "key", "desk"], capture_output=True, text=True, check=True)
+        key, line = output.stdout.splitlines()
         self.hosts["head"].write("keys", line)
         desk = self.hosts["desk"]
         desk.write("token", token)
@@ -210,10 +210,10 @@ class Cluster:
 
 
 def _postgres_programs() -> Path:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
         pytest.fail("needs Debian's package postgresql")
-    return found[-1]
+    return programs[-1]
 
 
 @pytest.fixture(scope="module")

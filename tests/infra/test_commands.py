@@ -22,9 +22,9 @@ from tests.infra.files import (
 
 def commands() -> list[list[str]]:
     """All commands in the manifests, the compose file, the `ray up` file and the README, as words."""
-    found = [each["command"] for template in pods() for each in template["spec"]["containers"] if "command" in each]
-    found += [service["command"] for service in COMPOSE["services"].values() if service["image"] == IMAGE]
-    found += [
+    commands = [each["command"] for template in pods() for each in template["spec"]["containers"] if "command" in each]
+    commands += [service["command"] for service in COMPOSE["services"].values() if service["image"] == IMAGE]
+    commands += [
         service["healthcheck"]["test"][1:]
         for service in COMPOSE["services"].values()
         if service["image"] == IMAGE and service.get("healthcheck", {}).get("test")
@@ -33,7 +33,7 @@ def commands() -> list[list[str]]:
     lines += RAY_UP["head_start_ray_commands"] + RAY_UP["worker_start_ray_commands"]
     lines += re.findall(r"^    ((?:gru|ray) .+?)(?: &)?$", README, re.MULTILINE)
     lines += re.findall(r"gru-pipeline:\S+ (gru .+?) \|", README)
-    return found + [shlex.split(part) for line in lines for part in line.split("&&")]
+    return commands + [shlex.split(part) for line in lines for part in line.split("&&")]
 
 
 def test_the_search_finds_commands_of_every_kind() -> None:

@@ -101,12 +101,12 @@ def test_images_are_ours_or_have_a_version() -> None:
 
 def test_the_image_has_what_it_needs() -> None:
     dockerfile = (INFRA / "Dockerfile").read_text()
-    kept = {line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
+    included = {line[1:] for line in (INFRA / "Dockerfile.dockerignore").read_text().splitlines() if line[0] == "!"}
     files = {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"], "pyproject.toml", "constraints.txt"}
-    assert kept == {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} | files
+    assert included == {package.split(".")[0] for package in PROJECT["tool"]["setuptools"]["packages"]} | files
     for copied in re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile, re.MULTILINE):
         for path in copied.split():
-            assert (ROOT / path).exists() and (path == "." or path.split("/")[0] in kept)
+            assert (ROOT / path).exists() and (path == "." or path.split("/")[0] in included)
     assert "pip install --no-cache-dir --constraint constraints.txt ." in dockerfile
     assert re.findall(r"^USER (\d+)$", dockerfile, re.MULTILINE) == ["1000"]
     assert {each["runAsUser"] for each in values(manifests(), "securityContext") if "runAsUser" in each} == {1000}

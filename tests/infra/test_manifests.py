@@ -83,15 +83,15 @@ def unknown(value: Any, fields: Any, path: str) -> list[str]:
 
 def clusters() -> list[Any]:
     """Each Ray cluster that a manifest describes, as a RayCluster manifest."""
-    found = []
+    clusters = []
     for manifest in manifests(*RAY_KINDS):
         spec = manifest["spec"]
         spec = spec if manifest["kind"] == "RayCluster" else spec.get("rayClusterSpec") or spec.get("rayClusterConfig")
         if spec:
             metadata = {"name": "cluster", "namespace": manifest["metadata"]["namespace"]}
             cluster = {"kind": "RayCluster", "metadata": metadata, "spec": copy.deepcopy(spec)}
-            found.append(pytest.param(cluster, id=name(manifest)))
-    return found
+            clusters.append(pytest.param(cluster, id=name(manifest)))
+    return clusters
 
 
 @pytest.mark.parametrize("manifest", manifests(), ids=name)

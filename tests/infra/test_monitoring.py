@@ -35,16 +35,16 @@ def published() -> dict[str, set[str]]:
     metrics.answered("/v1/completions", 200, 0.1)
     metrics._first.labels("1").observe(0.1)
     metrics._tokens.labels("1", "generated").inc()
-    found: dict[str, set[str]] = {}
+    labels_of: dict[str, set[str]] = {}
     for family in metrics.registry.collect():
         for sample in family.samples:
             if sample.name.endswith("_created"):
                 continue
-            found.setdefault(sample.name, set()).update(sample.labels, {"replica"})
+            labels_of.setdefault(sample.name, set()).update(sample.labels, {"replica"})
         if not family.samples:  # a gauge of an engine, and no engine runs here
             labels = {"model", "alias", "digest"} if family.name == "gru_model_info" else set()
-            found[family.name] = {"replica", "version"} | labels
-    return found
+            labels_of[family.name] = {"replica", "version"} | labels
+    return labels_of
 
 
 def ray_metrics() -> set[str]:

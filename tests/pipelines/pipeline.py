@@ -125,8 +125,8 @@ class Pipeline:
 
     def newest_step(self) -> int:
         """The step of the newest complete checkpoint; 0 if there is none."""
-        found = [p.parent.name for p in self.storage.glob(f"runs/*/step-*/{DIGESTS}")]
-        return max((int(name.split("-")[1]) for name in found), default=0)
+        names = [p.parent.name for p in self.storage.glob(f"runs/*/step-*/{DIGESTS}")]
+        return max((int(name.split("-")[1]) for name in names), default=0)
 
     def wait_for_stage(self, stage: str) -> None:
         def reached() -> bool:
