@@ -1,7 +1,7 @@
-"""How every job starts and ends: read the config, call one function, print its result as the last line.
+"""The entry point of every job: read the config, call one function, print its result as the last line.
 
-Exit status 0 only if the result stands; one line and 2 for a person's mistake, 1 where machines failed too often,
-128 + signal where it was told to stop and did so in order.
+The exit status is 0 only if there is a result; 2, with one line, for a user's mistake; 1 if machines failed too often;
+128 + signal if the job was stopped and saved its work.
 """
 
 import argparse
@@ -9,10 +9,9 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gru import config as configuration
 from gru import storage
@@ -26,28 +25,36 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class JobContext:
-    """What a job is told besides its configuration."""
+    """The inputs of a job besides its configuration."""
 
     parent: str | None
-    """Id of the MLflow run that its own belongs to."""
+    """Id of the MLflow run that the job's own run belongs to."""
     dataset: str | None
-    """Directory of the dataset; found by the sources as they are now where absent."""
+    """Directory of the dataset; None: the dataset of the sources' current content."""
     progress: Progress
+    """Called with a line for people."""
     arguments: argparse.Namespace
-    """What the job's own options say."""
+    """Values of the job's own options."""
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML file, such as pipelines/configs/quickstart.toml")
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a key, as in --set train.steps=100"
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a key of CONFIG (repeatable)",
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = f"keys of CONFIG:\n{configuration.describe()}"
 
 
 def load_config(path: str, overrides: list[str]) -> PipelineConfig:
-    """The configuration with absolute paths: relative ones are under $GRU_HOME, or else the current directory."""
+    """Return the configuration with absolute paths: relative ones start at $GRU_HOME, or else the current directory.
+
+    Raises UserError for a mistake in the file or the overrides.
+    """
     home = os.environ.get(HOME_VARIABLE) or str(Path.cwd())
     config = configuration.load(path, overrides)
     sources = [s if s in configuration.BUILT_IN_SOURCES else storage.absolute(s, home) for s in config.corpus.sources]
@@ -65,14 +72,14 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
 def main(
     stage: str,
     description: str,
-    run: Callable[[PipelineConfig, JobContext], dict[str, Any]],
+    run: Callable[[PipelineConfig, JobContext], Mapping[str, object]],
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> None:
-    """Run a job: `run(config, call)` gives the result. `add_arguments` adds options of its own."""
+    """Run a job and print the result of `run(config, context)`. `add_arguments` adds the job's own options."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=description)
     add_config_arguments(parser)
-    parser.add_argument("--parent", metavar="RUN_ID", help="MLflow run that this stage's run belongs to")
-    parser.add_argument("--dataset", metavar="DIR", help="the dataset; absent: that of the sources as they are now")
+    parser.add_argument("--parent", metavar="RUN_ID", help="MLflow run that this job's run belongs to")
+    parser.add_argument("--dataset", metavar="DIR", help="dataset (default: that of the sources' current content)")
     add_arguments(parser)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -100,13 +107,13 @@ def main(
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
     if ray := sys.modules.get("ray"):
-        ray.shutdown()  # or what it says of a node that died may come after the result
+        ray.shutdown()  # otherwise its messages about a dead node may follow the result
     sys.stderr.flush()
     print(json.dumps(result, ensure_ascii=False), flush=True)
 
 
 def quiet_libraries() -> None:
-    """No telemetry and no progress bars of others; set before they are imported, and inherited by workers."""
+    """Switch off the telemetry and progress bars of libraries. Call it before they are imported; workers inherit it."""
     for variable, value in {
         "DO_NOT_TRACK": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -121,33 +128,34 @@ def quiet_libraries() -> None:
     for variable in ("NO_PROXY", "no_proxy"):  # the embedded services are on this machine
         os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1", "localhost"]))
     if os.environ.get("RAY_ADDRESS", "127.0.0.1").startswith("127.0.0.1"):
-        # A Ray of this process's own binds to the loopback address alone, which Ray calls not being a cluster; and one
-        # that does so is not found without this, since Ray takes its own outer address for that one.
+        # Makes a local Ray bind to the loopback address only. Clients of such a Ray need it too: without it they look
+        # for the head at the machine's outer address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def start_ray() -> None:
-    """Join the cluster that this job was submitted to, or else start one in this process.
+    """Join the cluster that this job was submitted to, or else start a local Ray.
 
-    Two-core machines have too few CPUs for Ray's own bookkeeping, so a local one counts at least four.
+    A local Ray counts at least four CPUs, since two are too few for Ray's own bookkeeping. Raises UserError if
+    RAY_ADDRESS is the address of a job server.
     """
     import ray
 
     address = os.environ.get("RAY_ADDRESS", "local")
     if address.startswith("http"):
         raise UserError(
-            f"RAY_ADDRESS = {address} takes submitted jobs: use `ray job submit --working-dir . -- python -m jobs...`"
+            f"RAY_ADDRESS = {address} is a job server: use `ray job submit --working-dir . -- python -m jobs...`"
         )
     num_cpus = max(4, os.cpu_count() or 1) if address == "local" else None
     ray.init(address, num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def require_tracking() -> str:
-    """MLflow's address, from the environment. Raises UserError if there is none."""
+    """Return MLFLOW_TRACKING_URI. Raises UserError if it is not set."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise UserError(
-            "MLFLOW_TRACKING_URI is not set: point it to an MLflow server, such as http://127.0.0.1:5000, "
-            "which `gru run` starts"
+            "MLFLOW_TRACKING_URI is not set: set it to the URL of an MLflow server, such as "
+            "http://127.0.0.1:5000, which `gru run` starts"
         )
     return uri

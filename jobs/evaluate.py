@@ -3,12 +3,13 @@
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from gru.config import PipelineConfig
 from gru.registry import tracking
 from gru.registry.bundle import load_bundle
 from jobs import entry, stages
+from jobs.results import EvaluateResult, Measures
 
 if TYPE_CHECKING:
     from gru.evaluation.context import ContextLoss
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 NEGLIGIBLE = 0.0005  # nats per token
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> EvaluateResult:
     entry.require_tracking()
     prepared = stages.prepare_stage(config, context.dataset).require()
     trained = stages.train_stage(config, prepared).require()
@@ -68,7 +69,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     result = {
         "stage": stage.name,
         "key": stage.key,
-        **measures,
+        **cast(Measures, measures),
         "context": contexts,
         "copied": copied,
         "searched_bytes": sampling.searched_bytes,

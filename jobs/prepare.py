@@ -2,16 +2,17 @@
 
 import os
 import time
-from typing import Any
+from typing import cast
 
 from gru.config import PipelineConfig
 from gru.registry import tracking
 from jobs import entry, stages
+from jobs.results import Counts, PrepareResult
 
 _EXAMPLES = 5  # places with something wrong that are shown
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> PrepareResult:
     stage = stages.prepare_stage(config, context.dataset)
     if result := stage.result():
         return result
@@ -41,7 +42,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
         "dataset": stage.directory,
         "digest": manifest.digest,
         "heldout_digest": manifest.heldout_digest,
-        **counts,
+        **cast(Counts, counts),
         "seconds": round(time.monotonic() - started, 1),
     }
     if os.environ.get("MLFLOW_TRACKING_URI"):

@@ -1,15 +1,15 @@
-"""Register the model; it becomes @champion if it beats the present one on the same held-out text (MLflow)."""
+"""Register the model in MLflow; it becomes @champion if it scores better than the current one on the same text."""
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from gru.config import PipelineConfig
 from gru.registry import tracking
 from jobs import entry, stages
+from jobs.results import PromoteResult
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> PromoteResult:
     entry.require_tracking()
     prepared = stages.prepare_stage(config, context.dataset).require()
     trained = stages.train_stage(config, prepared).require()
@@ -23,7 +23,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     from gru.registry.versions import fetch_bundle
 
     def score_champion(champion: versions.Version) -> float:
-        context.progress(f"scoring the present champion, version {champion.version}, on the same text")
+        context.progress(f"scoring the current champion, version {champion.version}, on the same text")
         with tempfile.TemporaryDirectory(prefix="gru-champion-") as directory:
             bundle = fetch_bundle(champion, Path(directory))
         texts = open_dataset(prepared["dataset"]).texts("heldout")
@@ -32,7 +32,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
         return score(bundle.model, heldout, settings.batch_size).bits_per_byte
 
     with tracking.stage_run(config.experiment, stage.key, stage.name, context.parent) as run:
-        context.progress("registering")
+        context.progress("registering the model")
         candidate = versions.register(
             run, config.model_name, trained["bundle"], evaluated["bits_per_byte"], evaluated["text"]
         )

@@ -1,67 +1,85 @@
-"""What each stage is called and where its result lives: named by what goes into it, so it is never made twice.
+"""The stages of a workflow: their names, their keys, and where their results lie on storage.
 
-A stage is done when its result file exists, which its job writes last. Serving is done as long as the endpoint
-answers.
+A stage's key is a digest of everything that its result depends on, so the same stage is never executed twice. A stage
+is done when its result file exists, which its job writes last; `serve` is done while the endpoint answers.
 """
 
 import json
 import urllib.request
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 from gru import storage
 from gru.config import PipelineConfig, TrainConfig, content_key
 from gru.errors import UserError
+from jobs.results import (
+    EvaluateResult,
+    PrepareResult,
+    PromoteResult,
+    R,
+    ServeResult,
+    StageResults,
+    TrainResult,
+    parse,
+)
 
-Result = dict[str, Any]
+STAGES = ("prepare", "train", "evaluate", "promote", "serve")  # in the order of a workflow
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[R]):
+    """A stage of one configuration; R is the type of its result."""
+
     name: str
     key: str
     path: str
+    """Result file."""
+    kind: type[R]
+    """The type of the result, for reading it back."""
 
     @property
     def directory(self) -> str:
         return self.path.rsplit("/", 1)[0]
 
-    def result(self) -> Result | None:
-        return storage.read_json(self.path) if storage.exists(self.path) else None
+    def result(self) -> R | None:
+        """Return the result; None if the stage is not done, or its result lacks what this version needs."""
+        return parse(self.kind, storage.read_json(self.path)) if storage.exists(self.path) else None
 
-    def require(self) -> Result:
-        """The result. Raises UserError if the stage is not done."""
+    def require(self) -> R:
+        """Return the result. Raises UserError if the stage is not done."""
         result = self.result()
         if result is None:
-            raise UserError(f"{self.name} is not done for this config: run python -m jobs.{self.name} first")
+            raise UserError(f"stage {self.name} is not done for this config: run python -m jobs.{self.name} first")
         return result
 
-    def commit(self, result: Result) -> Result:
+    def commit(self, result: R) -> R:
+        """Write the result, which marks the stage as done. Return it."""
         storage.write_json(self.path, result)
         return result
 
 
-class PromotionStage(Stage):
-    """A stage whose result stands as long as the registry has the version."""
+class PromotionStage(Stage[PromoteResult]):
+    """A stage whose result is valid while the registry has the version."""
 
-    def result(self) -> Result | None:
+    def result(self) -> PromoteResult | None:
         from gru.registry import versions
 
         result = super().result()
-        there = result and versions.exists(result["model"], result["version"], result["bundle"])
-        return result if there else None
+        if result is None or not versions.exists(result["model"], result["version"], result["bundle"]):
+            return None
+        return result
 
 
 @dataclass(frozen=True)
-class EndpointStage(Stage):
-    """A stage whose result is a running endpoint; `path` is its address."""
+class EndpointStage(Stage[ServeResult]):
+    """A stage whose result is a running endpoint; `path` is its URL."""
 
     model: str
     version: str
     settings: str
-    """A key of the [serve] section and of what each replica is given."""
+    """Content key of the [serve] section and of the replicas' resources."""
 
-    def result(self) -> Result | None:
+    def result(self) -> ServeResult | None:
         try:
             with urllib.request.urlopen(f"{self.path}/ready", timeout=3) as response:
                 served = json.load(response)
@@ -72,8 +90,8 @@ class EndpointStage(Stage):
         return {"stage": self.name, "endpoint": self.path, "model": self.model, "version": self.version}
 
 
-def of(name: str, config: PipelineConfig, dataset: str, results: dict[str, Result]) -> Stage:
-    """The stage of that name, given the directory of the dataset and the results of the stages before it."""
+def of(name: str, config: PipelineConfig, dataset: str, results: StageResults) -> Stage[Any]:
+    """Return the stage of that name, given the directory of the dataset and the results of the stages before it."""
     match name:
         case "prepare":
             return prepare_stage(config, dataset)
@@ -88,35 +106,40 @@ def of(name: str, config: PipelineConfig, dataset: str, results: dict[str, Resul
     raise AssertionError(name)
 
 
-def prepare_stage(config: PipelineConfig, directory: str | None = None) -> Stage:
-    """The stage of the dataset in `directory`, or else of the sources as they are now."""
+def prepare_stage(config: PipelineConfig, directory: str | None = None) -> Stage[PrepareResult]:
+    """The stage that makes the dataset in `directory`; None: the dataset of the sources' current content."""
     from gru.corpus.prepare import dataset_key
 
     if directory is None:
         directory = storage.join(config.storage, "datasets", dataset_key(config.corpus, config.tokenizer))
-    return Stage("prepare", directory.rsplit("/", 1)[1], storage.join(directory, "result.json"))
+    return Stage("prepare", directory.rsplit("/", 1)[1], storage.join(directory, "result.json"), PrepareResult)
 
 
-def train_stage(config: PipelineConfig, prepared: Result) -> Stage:
-    """How many workers train, and how often they save, is not part of what is made."""
+def train_stage(config: PipelineConfig, prepared: PrepareResult) -> Stage[TrainResult]:
+    """The stage that trains on this dataset. Its key leaves out the number of workers and how often they save, which do
+    not change the result."""
     settings = config.train.model_dump(exclude=set(TrainConfig.PLACEMENT))
     key = content_key("train", prepared["digest"], config.model, settings)
-    return Stage("train", key, storage.join(config.storage, "runs", key, "result.json"))
+    return Stage("train", key, storage.join(config.storage, "runs", key, "result.json"), TrainResult)
 
 
-def evaluate_stage(config: PipelineConfig, prepared: Result, trained: Result) -> Stage:
-    # 2: what is measured; results from before the last change to it lack something.
+def evaluate_stage(config: PipelineConfig, prepared: PrepareResult, trained: TrainResult) -> Stage[EvaluateResult]:
+    """The stage that scores this model."""
+    # 2: version of the measurements. Raise it when they change, so that older results are not used.
     key = content_key("evaluate", 2, trained["key"], prepared["heldout_digest"], config.evaluate)
-    return Stage("evaluate", key, storage.join(config.storage, "runs", trained["key"], f"evaluation-{key}.json"))
+    path = storage.join(config.storage, "runs", trained["key"], f"evaluation-{key}.json")
+    return Stage("evaluate", key, path, EvaluateResult)
 
 
-def promote_stage(config: PipelineConfig, trained: Result, evaluated: Result) -> Stage:
+def promote_stage(config: PipelineConfig, trained: TrainResult, evaluated: EvaluateResult) -> PromotionStage:
+    """The stage that registers this model."""
     key = content_key("promote", evaluated["key"], config.model_name, config.experiment)
-    return PromotionStage("promote", key, storage.join(config.storage, "runs", trained["key"], f"promotion-{key}.json"))
+    path = storage.join(config.storage, "runs", trained["key"], f"promotion-{key}.json")
+    return PromotionStage("promote", key, path, PromoteResult)
 
 
 def serve_stage(config: PipelineConfig) -> EndpointStage:
-    """Raises UserError if the model has no champion."""
+    """The stage that serves the current champion. Raises UserError if the model has none."""
     from gru.registry import versions
 
     champion = versions.resolve(config.model_name, versions.CHAMPION)
@@ -125,4 +148,4 @@ def serve_stage(config: PipelineConfig) -> EndpointStage:
     settings = content_key(config.serve, config.resources.serve)
     key = content_key("serve", config.model_name, champion.version, settings)
     address = f"http://{config.serve.host}:{config.serve.port}"
-    return EndpointStage("serve", key, address, config.model_name, champion.version, settings)
+    return EndpointStage("serve", key, address, ServeResult, config.model_name, champion.version, settings)

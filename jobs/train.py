@@ -1,7 +1,6 @@
-"""Train the model on the prepared dataset (Ray Train), and bundle it."""
+"""Train the model on the prepared dataset (Ray Train), and write its bundle."""
 
 import time
-from typing import Any
 
 from gru import storage
 from gru.config import PipelineConfig
@@ -9,9 +8,10 @@ from gru.registry import tracking
 from gru.registry.bundle import write_bundle
 from gru.registry.lineage import Lineage
 from jobs import entry, stages
+from jobs.results import TrainResult
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
+def run(config: PipelineConfig, context: entry.JobContext) -> TrainResult:
     tracking_uri = entry.require_tracking()
     prepared = stages.prepare_stage(config, context.dataset).require()
     stage = stages.train_stage(config, prepared)
@@ -25,13 +25,13 @@ def run(config: PipelineConfig, context: entry.JobContext) -> dict[str, Any]:
     dataset = open_dataset(prepared["dataset"])
     bundle = storage.join(stage.directory, "bundle")
     with tracking.stage_run(config.experiment, stage.key, stage.name, context.parent) as run:
-        given = config.resources.train
-        settings = {"model": config.model, "train": config.train, "resources.train": given}
+        resources = config.resources.train
+        settings = {"model": config.model, "train": config.train, "resources.train": resources}
         run.log_params({name: section.model_dump() for name, section in settings.items()})
         counts = {"train": dataset.manifest.train.model_dump(), "heldout": dataset.manifest.heldout.model_dump()}
         run.log_dataset(config.name, prepared["digest"], prepared["dataset"], counts)
         last = train(
-            config.model, config.train, given, dataset, stage.directory, tracking_uri, run.id, context.progress
+            config.model, config.train, resources, dataset, stage.directory, tracking_uri, run.id, context.progress
         )
         run.log_points(last.state["points"])
         run.log_loss_curve()

@@ -1,4 +1,4 @@
-"""Where the workflows of a storage are kept: an SQLite file in it, or Postgres."""
+"""The database of a storage's workflows: an SQLite file in the storage, or Postgres."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ CONNECT_SECONDS = 10
 
 
 def address(store: str) -> str:
-    """The database's URL. Raises UserError where it can be neither found nor made."""
+    """Return the database's URL. Raises UserError if DBOS_SYSTEM_DATABASE_URL is no URL, or is needed and not set."""
     if configured := os.environ.get(VARIABLE):
         try:
             url = make_url(configured)
@@ -33,25 +33,26 @@ def address(store: str) -> str:
 
 
 def file_of(database: str) -> Path | None:
-    """Of an SQLite database; else None."""
+    """The file of an SQLite database; None for another kind."""
     url = make_url(database)
     return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
 
 def open_client(database: str) -> DBOSClient:
-    """For looking at workflows without running any; it fails at once where the database does not answer.
+    """Return a client that reads workflows without executing any.
 
-    Raises UserError if there are none, or it does not answer now."""
+    Raises UserError if there is no database yet, or it does not answer at once.
+    """
     path = file_of(database)
     if path and not path.exists():
-        raise UserError(f"{path.parent}: no workflow has begun here")
+        raise UserError(f"{path.parent}: no workflow has run with this storage")
     with answering():
         return DBOSClient(system_database_url=database, retry_connection_errors=False)
 
 
 @contextmanager
 def answering() -> Iterator[None]:
-    """Raises UserError where the database does not answer, of which DBOS tells nothing by itself."""
+    """Raise UserError, with one line, if the database does not answer inside the block."""
     logging.getLogger("dbos").setLevel(logging.CRITICAL)
     try:
         yield

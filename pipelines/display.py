@@ -1,4 +1,4 @@
-"""What a person sees while the workflow runs: a live table of stages, or plain lines where there is no terminal."""
+"""The display of a running workflow: a live table of its stages, or plain lines where there is no terminal."""
 
 import time
 from types import TracebackType
@@ -11,13 +11,13 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 COLOURS = {
-    **{"waiting": "dim", "running": "cyan", "done": "green", "done before": "green"},
+    **{"waiting": "dim", "running": "cyan", "done": "green", "cached": "green"},
     **{"failed": "red", "cancelled": "yellow", "unfinished": "yellow"},
 }
 
 
 class Display:
-    """Called from the workflow's threads with (stage, state, detail)."""
+    """Shows the stages of a workflow, whose threads report their states to `watch`."""
 
     def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
         self.console = console
@@ -40,6 +40,7 @@ class Display:
             self.live.stop()
 
     def watch(self, stage: str, state: str, detail: str) -> None:
+        """Show a stage's new state, with a line of detail."""
         before, _ = self.rows[stage]
         now = time.monotonic()
         self.started.setdefault(stage, now)
@@ -49,7 +50,7 @@ class Display:
         if not self.console.is_terminal and (state != before or now - self.last_line > SECONDS_BETWEEN_LINES):
             self.last_line = now
             self.console.print(
-                f"{stage:9} {state:11} {self._elapsed(stage):>5}  {detail}", highlight=False, soft_wrap=True
+                f"{stage:9} {state:9} {self._elapsed(stage):>5}  {detail}", highlight=False, soft_wrap=True
             )
 
     def _elapsed(self, stage: str) -> str:
@@ -69,5 +70,5 @@ class Display:
 
 
 def elapsed(seconds: float) -> str:
-    """As minutes:seconds."""
+    """Format a duration as minutes:seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

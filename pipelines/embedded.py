@@ -1,8 +1,8 @@
-"""The embedded stack: a Ray head and an MLflow server on 127.0.0.1, started when none is configured.
+"""The embedded services: a Ray head and an MLflow server on 127.0.0.1, started when none is configured.
 
-What was started is noted in <storage>/stack/, by process id and start, with the processes that use it: any later
-command finds it, the last one to leave stops it, and a process that is not ours is never touched. One process at a time
-looks at these notes and acts on them.
+Each service has a record, <storage>/embedded/NAME.json: its process id and start time, its URL, and the processes that
+use it. So any later command finds it, the last user stops it, and a process that this program did not start is never
+touched. A file lock lets only one process at a time read the records and act on them.
 """
 
 import contextlib
@@ -28,23 +28,26 @@ from gru.errors import UserError
 from gru.network import free_port, require_bindable
 from jobs.entry import HOME_VARIABLE
 
+DIRECTORY = "embedded"  # in the storage
 START_SECONDS = 120
-STOP_SECONDS = 5  # all that is kept survives a kill
+STOP_SECONDS = 5  # then they are killed, which loses no data
+# MLflow's job execution, which nothing here uses, would start seven processes of 190 MB each.
+MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 class ServiceFailed(RuntimeError):
-    """An embedded service did not come up."""
+    """An embedded service did not start."""
 
 
 @dataclass
 class EmbeddedService:
-    """One process group that we started."""
+    """One service, run as a session of processes."""
 
     name: str
     directory: Path
 
     @property
-    def note(self) -> Path:
+    def record(self) -> Path:
         return self.directory / f"{self.name}.json"
 
     @property
@@ -52,28 +55,28 @@ class EmbeddedService:
         return self.directory / f"{self.name}.log"
 
     def url(self) -> str | None:
-        """Where it answers, if it is still running."""
+        """The URL of the service; None if it is not running."""
         return self._read()["url"] if self.process() else None
 
     def process(self) -> psutil.Process | None:
         return _find(self._read().get("process"))
 
     def join(self) -> None:
-        """Count this process among those that use it."""
-        note = self._read()
-        storage.write_json(str(self.note), {**note, "users": [*self._others(note), _identify(psutil.Process())]})
+        """Add this process to the users of the service."""
+        record = self._read()
+        storage.write_json(str(self.record), {**record, "users": [*self._others(record), _identify(psutil.Process())]})
 
     def leave(self) -> bool:
-        """Count this process no more. Whether it was the last one."""
-        note = self._read()
-        others = self._others(note)
+        """Remove this process from the users of the service. Return whether it was the last one."""
+        record = self._read()
+        others = self._others(record)
         if others:
-            storage.write_json(str(self.note), {**note, "users": others})
+            storage.write_json(str(self.record), {**record, "users": others})
         return not others
 
     @staticmethod
-    def _others(note: dict[str, Any]) -> list[list[int]]:
-        return [user for user in note.get("users", []) if user[0] != os.getpid() and _find(user)]
+    def _others(record: dict[str, Any]) -> list[list[int]]:
+        return [user for user in record.get("users", []) if user[0] != os.getpid() and _find(user)]
 
     def start(self, command: list[str], environment: Mapping[str, str], url: str) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -86,24 +89,24 @@ class EmbeddedService:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        storage.write_json(str(self.note), {"process": _identify(psutil.Process(child.pid)), "url": url})
+        storage.write_json(str(self.record), {"process": _identify(psutil.Process(child.pid)), "url": url})
 
     def wait(self, probe: urllib.request.Request) -> None:
-        """Return once it answers. Raises ServiceFailed if it ends, or takes too long."""
+        """Wait until the service answers. Raises ServiceFailed if it ends or does not answer in START_SECONDS."""
         deadline = time.monotonic() + START_SECONDS
         while not _answers(probe):
             if self.process() is None or time.monotonic() > deadline:
-                raise ServiceFailed(f"{self.name} did not start; its log: {self.log}")
+                raise ServiceFailed(f"{self.name} did not start; see its log: {self.log}")
             time.sleep(0.1)
 
-    def family(self) -> list[psutil.Process]:
-        """The session that we started, also where its leader is dead, and what its members started."""
+    def processes(self) -> list[psutil.Process]:
+        """The processes of the service's session, also if its leader is dead, and their descendants."""
         if "process" not in self._read():
             return []
         session, started = self._read()["process"]
         members = [process for process in psutil.process_iter() if _session(process) == session]
         if any(process.pid == session and _identify(process)[1] != started for process in members):
-            return []  # long over: the number is another's now
+            return []  # that session ended; its number belongs to another one now
         children: list[psutil.Process] = []
         for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -111,11 +114,11 @@ class EmbeddedService:
         return list({process.pid: process for process in members + children}.values())
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self.note.read_text()) if self.note.exists() else {}
+        return json.loads(self.record.read_text()) if self.record.exists() else {}
 
 
 def _identify(process: psutil.Process) -> list[int]:
-    """Process id, which may be given again, and its start in clock ticks since boot, which no change of time moves."""
+    """The process id, which may be reused, and the start time in clock ticks since boot, which tells reuses apart."""
     try:
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
@@ -131,7 +134,7 @@ def _session(process: psutil.Process) -> int | None:
 
 
 def _find(identity: list[int] | None) -> psutil.Process | None:
-    """The process, if it is still running."""
+    """Return the process with this identity; None if it is not running."""
     if identity is None:
         return None
     try:
@@ -143,26 +146,26 @@ def _find(identity: list[int] | None) -> psutil.Process | None:
 
 
 def stop(services: list[EmbeddedService]) -> list[str]:
-    """End the services, and all that they started; the names of those that there were."""
-    families = {service.name: service.family() for service in services}
-    processes = [process for family in families.values() for process in family]
+    """Stop the services with all their processes. Return the names of those that were running."""
+    running = {service.name: service.processes() for service in services}
+    processes = [process for members in running.values() for process in members]
     for service in services:
         with contextlib.suppress(psutil.NoSuchProcess):
             if leader := service.process():
-                leader.terminate()  # lets Ray and MLflow end their own
+                leader.terminate()  # Ray and MLflow then stop their own children
     _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=STOP_SECONDS)
     for service in services:
-        service.note.unlink(missing_ok=True)
-    return [name for name, family in families.items() if family]
+        service.record.unlink(missing_ok=True)
+    return [name for name, members in running.items() if members]
 
 
 @dataclass
 class Services:
-    """Where jobs go and where runs are tracked, and the environment that clients of both need."""
+    """The addresses of Ray and MLflow, and the environment variables that clients of both need."""
 
     ray: str
     mlflow: str
@@ -174,33 +177,36 @@ class Services:
         return "RAY_AUTH_TOKEN_PATH" in self.environment
 
     def leave(self) -> None:
-        """Stop the embedded services that nobody else uses."""
+        """Stop the embedded services that no other process uses."""
         if self.embedded:
-            with _alone(self.embedded[0].directory):
+            with _file_lock(self.embedded[0].directory):
                 stop([service for service in self.embedded if service.leave()])
 
 
-def _alone(directory: Path) -> FileLock:
+def _file_lock(directory: Path) -> FileLock:
     directory.mkdir(parents=True, exist_ok=True)
     return FileLock(directory / "lock")
 
 
 def services(directory: Path) -> list[EmbeddedService]:
+    """The embedded services with records in `directory`: Ray, then MLflow."""
     return [EmbeddedService("ray", directory), EmbeddedService("mlflow", directory)]
 
 
-def up(store: str, ray_port: int, mlflow_port: int, say: Callable[[str], None]) -> Services:
-    """Find the configured services, and start those that are not configured. Raises UserError for a port in use."""
+def up(store: str, ray_port: int, mlflow_port: int, progress: Callable[[str], None]) -> Services:
+    """Find the configured services and start embedded ones for the others. Raises UserError for a port in use."""
     ray_address, mlflow_uri = os.environ.get("RAY_ADDRESS"), os.environ.get("MLFLOW_TRACKING_URI")
     if not (ray_address and mlflow_uri) and not storage.is_local(store):
-        raise UserError(f"storage = {store!r} is not on this machine: set RAY_ADDRESS and MLFLOW_TRACKING_URI")
+        raise UserError(f"storage = {store!r} is not a path on this machine: set RAY_ADDRESS and MLFLOW_TRACKING_URI")
     if ray_address and not mlflow_uri and urllib.parse.urlsplit(ray_address).hostname not in ("127.0.0.1", "localhost"):
-        raise UserError(f"RAY_ADDRESS = {ray_address} is another machine: set MLFLOW_TRACKING_URI to what it can reach")
+        raise UserError(
+            f"RAY_ADDRESS = {ray_address} is on another machine: set MLFLOW_TRACKING_URI to a server it reaches"
+        )
     if ray_address and mlflow_uri:
         return Services(ray_address, mlflow_uri, {"MLFLOW_TRACKING_URI": mlflow_uri})
-    say("waiting for whoever starts or stops these services")
-    with _alone(Path(store) / "stack"):
-        return _start(store, ray_address, mlflow_uri, ray_port, mlflow_port, say)
+    progress("another gru process is starting or stopping services; waiting")
+    with _file_lock(Path(store) / DIRECTORY):
+        return _start(store, ray_address, mlflow_uri, ray_port, mlflow_port, progress)
 
 
 def _start(
@@ -209,36 +215,37 @@ def _start(
     mlflow_uri: str | None,
     ray_port: int,
     mlflow_port: int,
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Services:
-    """Those that have no address are embedded."""
-    directory = Path(store) / "stack"
+    """Start an embedded service for each address that is None."""
+    directory = Path(store) / DIRECTORY
     ray, mlflow = services(directory)
     environment: dict[str, str] = {}
     probes: dict[str, urllib.request.Request] = {}
-    begun: list[EmbeddedService] = []
+    started: list[EmbeddedService] = []
     if not mlflow_uri:
-        mlflow_uri = mlflow.url() or _clear(mlflow, mlflow_port, "--mlflow-port")
+        mlflow_uri = mlflow.url() or _reserve(mlflow, mlflow_port, "--mlflow-port")
         probes["mlflow"] = urllib.request.Request(f"{mlflow_uri}/health")
         if not mlflow.process():
-            begun.append(mlflow)
-            mlflow.start(_mlflow_command(Path(store) / "mlflow", mlflow_port), os.environ, mlflow_uri)
+            started.append(mlflow)
+            command = _mlflow_command(Path(store) / "mlflow", mlflow_port)
+            mlflow.start(command, {**os.environ, **MLFLOW_ENVIRONMENT}, mlflow_uri)
     try:
         if not ray_address:
             environment = _ray_environment(directory)
-            ray_address = ray.url() or _clear(ray, ray_port, "--ray-port")
+            ray_address = ray.url() or _reserve(ray, ray_port, "--ray-port")
             probes["ray"] = _ray_probe(ray_address, environment)
             if not ray.process():
                 inherited = {"MLFLOW_TRACKING_URI": mlflow_uri, HOME_VARIABLE: str(Path.cwd()), "PATH": _path()}
-                begun.append(ray)
+                started.append(ray)
                 ray.start(_ray_command(ray_port), {**os.environ, **environment, **inherited}, ray_address)
         for service in (ray, mlflow):
             if service.name in probes:
-                say(f"waiting for {service.name}")
+                progress(f"waiting for {service.name} to start")
                 service.wait(probes[service.name])
                 service.join()
     except BaseException:
-        stop(begun)
+        stop(started)
         raise
     environment["MLFLOW_TRACKING_URI"] = mlflow_uri
     return Services(
@@ -246,45 +253,48 @@ def _start(
     )
 
 
-def _clear(service: EmbeddedService, port: int, option: str) -> str:
-    """Make room for a service that is not running; where it will answer. Raises UserError for a port in use."""
-    stop([service])  # what is left of one that was killed
+def _reserve(service: EmbeddedService, port: int, option: str) -> str:
+    """Return the URL of a service that is not running yet. Raises UserError for a port in use."""
+    stop([service])  # remaining processes of one that was killed
     require_bindable("127.0.0.1", port, option)
     return f"http://127.0.0.1:{port}"
 
 
 def down(store: str) -> list[str]:
-    """Stop what was started for this storage; the names of what was running."""
-    directory = Path(store) / "stack"
+    """Stop the embedded services of this storage. Return the names of those that were running."""
+    directory = Path(store) / DIRECTORY
     if not directory.exists():
         return []
-    with _alone(directory):
+    with _file_lock(directory):
         return stop(services(directory))
 
 
 def find_ray(store: str) -> tuple[str, dict[str, str]] | None:
-    """Where the configured Ray takes jobs, or the embedded one if it is up, and what its clients need to be set."""
+    """The address of the configured or running embedded Ray, and the environment variables that its clients need.
+
+    None if there is neither.
+    """
     if configured := os.environ.get("RAY_ADDRESS"):
         return configured, {}
     embedded = address(store, "ray") if storage.is_local(store) else None
-    return (embedded, _ray_environment(Path(store) / "stack")) if embedded else None
+    return (embedded, _ray_environment(Path(store) / DIRECTORY)) if embedded else None
 
 
 def address(store: str, name: str) -> str | None:
-    """Where an embedded service ("ray" or "mlflow") answers, if it is up."""
-    return EmbeddedService(name, Path(store) / "stack").url()
+    """The URL of an embedded service ("ray" or "mlflow"); None if it is not running."""
+    return EmbeddedService(name, Path(store) / DIRECTORY).url()
 
 
 def _ray_environment(directory: Path) -> dict[str, str]:
-    """Token authentication, and Ray's own switch for binding to the loopback address alone."""
+    """The variables for token authentication, and Ray's own switch for binding to the loopback address alone."""
     token = directory / "ray-token"
     if not token.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        unfinished = token.with_suffix(".tmp")
-        unfinished.unlink(missing_ok=True)
-        unfinished.touch(mode=0o600)
-        unfinished.write_text(secrets.token_hex(32))
-        unfinished.rename(token)
+        temporary = token.with_suffix(".tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode=0o600)
+        temporary.write_text(secrets.token_hex(32))
+        temporary.rename(token)
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
@@ -307,14 +317,14 @@ def _ray_command(port: int) -> list[str]:
         f"--dashboard-agent-listen-port={free_port()}",
         "--min-worker-port=0",
         "--max-worker-port=0",
-        # CPUs are logical here: a stage, its controller, Serve and its replica share few cores.
+        # Ray's CPUs are logical: a stage, its controller, Serve and its replica share few cores.
         f"--num-cpus={max(8, 2 * (os.cpu_count() or 1))}",
         f"--object-store-memory={min(2 << 30, psutil.virtual_memory().total // 5)}",
     ]
 
 
 def _path() -> str:
-    """A submitted job's `python` is the one that runs this."""
+    """PATH with this interpreter first: submitted jobs run the same `python`."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 

@@ -1,6 +1,7 @@
-"""Of several processes that would work on the same, one does; the next one's turn comes when that one ends, or dies.
+"""A lock among processes: of several that are started with the same workflow, one executes it.
 
-The lock goes with the process that holds it: flock beside an SQLite database, a session's advisory lock in Postgres.
+The next process gets the lock when its holder ends or dies. The operating system or the database releases it with the
+process: flock beside an SQLite database, a session's advisory lock in Postgres.
 """
 
 import math
@@ -16,22 +17,25 @@ from sqlalchemy.exc import DBAPIError
 
 from pipelines.database import answering, file_of
 
-LOOK_SECONDS = 1.0
-GRACE_SECONDS = 5.0  # once Postgres is back, whoever had the turn is to have it again
-# Seconds and tries after which Postgres gives up a host that is silent: a process that dies says so itself.
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 5.0  # after Postgres restarts, the previous holder gets the lock back before any other process may
+# Postgres drops the session of a silent host after 10 s + 3 probes of 5 s. A process that dies closes its connection.
 KEEPALIVES = {"tcp_keepalives_idle": 10, "tcp_keepalives_interval": 5, "tcp_keepalives_count": 3}
 
 
 @contextmanager
-def workflow_lock(database: str, name: str, meanwhile: Callable[[], None]) -> Iterator[None]:
-    """Among all that use this database, work on `name` alone. While another process does, `meanwhile` is called every
-    LOOK_SECONDS. Raises UserError where the database does not answer."""
+def workflow_lock(database: str, name: str, while_waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock `name`, exclusive among all processes that use this database.
+
+    While another process holds it, `while_waiting` is called every POLL_SECONDS. Raises UserError if the database does
+    not answer.
+    """
     with answering():
         lock = _lock(database, name)
     try:
         while not lock.acquire():
-            meanwhile()
-            time.sleep(LOOK_SECONDS)
+            while_waiting()
+            time.sleep(POLL_SECONDS)
         yield
     finally:
         lock.release()
@@ -39,7 +43,7 @@ def workflow_lock(database: str, name: str, meanwhile: Callable[[], None]) -> It
 
 def _lock(database: str, name: str) -> "_FileLock | _SessionLock":
     file = file_of(database)
-    return _FileLock(file.parent / "turns" / name) if file else _SessionLock(database, name)
+    return _FileLock(file.parent / "locks" / name) if file else _SessionLock(database, name)
 
 
 class _FileLock:
@@ -59,28 +63,29 @@ class _FileLock:
 
 
 class _SessionLock:
-    """Held by asking for it again and again: the session, and the lock with it, may be lost when Postgres restarts."""
+    """An advisory lock of a Postgres session. A thread requests it repeatedly, because a restart of Postgres ends the
+    session and releases the lock."""
 
     def __init__(self, database: str, name: str) -> None:
         url = make_url(database).set(drivername="postgresql+psycopg")
-        timeout = {"tcp_user_timeout": int(1000 * GRACE_SECONDS)}  # of what is sent over a link that is cut
+        timeout = {"tcp_user_timeout": int(1000 * GRACE_SECONDS)}  # for data sent over a link that was cut
         self.engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=timeout)
         self.name = name
         self.session: Connection | None = self._connect()
         self.failed_at = -math.inf
-        self.ended = threading.Event()
-        self.keeper = threading.Thread(target=self._keep, daemon=True)
+        self.released = threading.Event()
+        self.renewer = threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self) -> bool:
-        if time.monotonic() - self.failed_at < GRACE_SECONDS or not self._ask():
+        if time.monotonic() - self.failed_at < GRACE_SECONDS or not self._try_lock():
             return False
-        self.keeper.start()
+        self.renewer.start()
         return True
 
     def release(self) -> None:
-        self.ended.set()
-        if self.keeper.is_alive():
-            self.keeper.join()
+        self.released.set()
+        if self.renewer.is_alive():
+            self.renewer.join()
         self._disconnect()
 
     def _connect(self) -> Connection:
@@ -89,22 +94,22 @@ class _SessionLock:
             session.execute(text(f"SET {setting} = {value}"))
         return session
 
-    def _ask(self) -> bool:
+    def _try_lock(self) -> bool:
         try:
             self.session = self.session or self._connect()
             query = text("SELECT pg_try_advisory_lock(hashtextextended(:name, 0))")
             return bool(self.session.execute(query, {"name": self.name}).scalar_one())
-        except DBAPIError:  # it does not answer: the workflow, too, waits until it does
+        except DBAPIError:  # no answer: the workflow waits for Postgres too
             self.failed_at = time.monotonic()
             self._disconnect()
             return False
 
-    def _keep(self) -> None:
-        while not self.ended.wait(LOOK_SECONDS):
-            self._ask()
+    def _renew(self) -> None:
+        while not self.released.wait(POLL_SECONDS):
+            self._try_lock()
 
     def _disconnect(self) -> None:
         if self.session is not None:
-            self.session.invalidate()  # closes the connection, with which the lock goes
+            self.session.invalidate()  # closes the connection, which releases the lock
             self.session.close()
             self.session = None

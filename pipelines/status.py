@@ -1,4 +1,4 @@
-"""What the workflows of a storage have done, and what they are at."""
+"""The state of a storage's workflows: which stages are done, and the current one."""
 
 import json
 import time
@@ -12,15 +12,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipelines import sweep, workflow
+from pipelines import records
+from pipelines.context import log_file
 from pipelines.database import open_client
 from pipelines.display import COLOURS, elapsed
 from pipelines.ray_jobs import Attempt, RayJobs
+from pipelines.records import StageRecord, WorkflowRecord
 
-STATES = {"SUCCESS": "done", "ERROR": "failed", "CANCELLED": "cancelled"}
-NEWEST = 10
-LOOKED_AT = 200  # those of several storages may share a database
-STAGES = {workflow.run_pipeline.__qualname__: workflow.STAGES, sweep.trial.__qualname__: sweep.STAGES}
+SHOWN = 10  # workflows
+READ = 200  # workflows: a database may hold those of several storages
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class StageStatus:
     """done, running, failed or waiting"""
     seconds: float | None
     attempts: int | None
-    """None where no Ray is asked, or it does not know."""
+    """Number of jobs so far; None if Ray is not running or has forgotten them."""
     log: str | None
     problem: str | None = None
-    """Why it failed, in a line."""
+    """First line of the error if the stage failed."""
 
 
 @dataclass(frozen=True)
 class WorkflowStatus:
     id: str
     label: str
-    """What is changed in it, where it is one of a sweep."""
+    """Overrides of a sweep's trial; "" for a run."""
     state: str
-    """done, running, failed, cancelled; unfinished: nothing works on it, and the same `gru run` goes on"""
+    """done, running, failed, cancelled; or unfinished: no process executes it, and the same `gru run` resumes it"""
     began: float
     """Seconds since the epoch."""
     seconds: float
@@ -50,64 +50,56 @@ class WorkflowStatus:
 
 
 def workflows(store: str, database: str, jobs: RayJobs | None, logs: Path) -> list[WorkflowStatus]:
-    """The newest ones of this storage, last. jobs: None where no Ray is up."""
+    """The newest workflows of this storage, the newest last. jobs: None if no Ray is running."""
     client = open_client(database)
     attempts = jobs.attempts() if jobs else []
-    found = client.list_workflows(sort_desc=True, limit=LOOKED_AT, name=list(STAGES))
-    mine = [each for each in found if each.input and _arguments(each)[1]["storage"] == store]
-    return [_workflow(client, each, attempts, logs) for each in reversed(mine[:NEWEST])]
+    newest = records.workflows(client, READ)
+    mine = [record for record in newest if json.loads(record.config_json)["storage"] == store]
+    return [_workflow(client, record, attempts, logs) for record in reversed(mine[:SHOWN])]
 
 
-def _arguments(status: Any) -> tuple[str, dict[str, Any]]:
-    """What is changed in a workflow, if it is one of a sweep, and its configuration."""
-    first, second, *_ = status.input["args"]
-    return (first, json.loads(second)) if status.name == sweep.trial.__qualname__ else ("", json.loads(first))
-
-
-def _workflow(client: DBOSClient, status: Any, attempts: list[Attempt], logs: Path) -> WorkflowStatus:
-    parent = workflow.parent_of(client, status.workflow_id)
-    mine = [each for each in attempts if each.parent == parent]
+def _workflow(client: DBOSClient, record: WorkflowRecord, attempts: list[Attempt], logs: Path) -> WorkflowStatus:
+    steps = records.steps(client, record.id)
+    mine = [each for each in attempts if each.parent == steps.parent]
     is_running = any(each.is_running for each in mine)
-    state = STATES.get(status.status, "running" if is_running else "unfinished")
-    began = status.created_at / 1000
-    ended = (status.completed_at or status.updated_at) / 1000 if state != "running" else time.time()
-    names = STAGES[status.name]
-    stages = list(_stages(names, client.list_workflow_steps(status.workflow_id), mine, attempts, logs))
-    stages += [StageStatus(name, "waiting", None, None, None) for name in names[len(stages) :]]
-    label, _ = _arguments(status)
-    return WorkflowStatus(status.workflow_id, label, state, began, ended - began, stages)
+    state = record.state or ("running" if is_running else "unfinished")
+    ended = time.time() if state == "running" else record.ended
+    stages = list(_stages(steps.stages, mine, attempts, logs))
+    stages += [StageStatus(name, "waiting", None, None, None) for name in record.stages[len(stages) :]]
+    return WorkflowStatus(record.id, record.label, state, record.created, ended - record.created, stages)
 
 
 def _stages(
-    names: Sequence[str], steps: list[Any], mine: list[Attempt], attempts: list[Attempt], logs: Path
+    ended: Sequence[StageRecord], mine: list[Attempt], attempts: list[Attempt], logs: Path
 ) -> Iterator[StageStatus]:
-    """Those that have ended, and the one that is running. mine: the attempts that were made for this workflow."""
-    done = [step for step in steps if step["function_name"] == workflow.run_stage.__qualname__]
-    for name, step in zip(names, done, strict=False):
-        seconds = (step["completed_at_epoch_ms"] - step["started_at_epoch_ms"]) / 1000
-        made = [each.key for each in mine if each.stage == name]
-        key = (step["output"] or {}).get("key", made[-1] if made else None)
-        log = workflow.log_file(logs, name, key) if key else None
-        tries = max((each.number for each in attempts if (each.stage, each.key) == (name, key)), default=None)
-        shown = str(log) if log and log.exists() else None
-        problem = (str(step["error"]).splitlines() or [repr(step["error"])])[0] if step["error"] else None
-        yield StageStatus(name, "failed" if step["error"] else "done", seconds, tries, shown, problem)
+    """Yield the stages that have ended, then the one that is running.
+
+    mine: the attempts that this workflow submitted; `attempts` also has those of other workflows with the same stage.
+    """
+    for stage in ended:
+        keys = [each.key for each in mine if each.stage == stage.name]
+        key = (stage.result or {}).get("key", keys[-1] if keys else None)
+        log = log_file(logs, stage.name, key) if key else None
+        count = max((each.number for each in attempts if (each.stage, each.key) == (stage.name, key)), default=None)
+        state = "failed" if stage.problem else "done"
+        yield StageStatus(
+            stage.name, state, stage.seconds, count, str(log) if log and log.exists() else None, stage.problem
+        )
     for each in [each for each in mine if each.is_running][-1:]:
         seconds = time.time() - (each.details.start_time or 0) / 1000
-        log = workflow.log_file(logs, each.stage, each.key)
-        yield StageStatus(each.stage, "running", seconds, each.number, str(log))
+        yield StageStatus(each.stage, "running", seconds, each.number, str(log_file(logs, each.stage, each.key)))
 
 
-def table(found: list[WorkflowStatus]) -> Group:
-    """For people."""
+def table(workflows: list[WorkflowStatus]) -> Group:
+    """Return a table for people."""
     parts: list[Any] = []
-    for each in found:
-        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.began))
-        head = Text(f"{each.id}  ")
-        head.append(each.state, style=COLOURS[each.state])
-        head.append(f"  began {began}, {elapsed(each.seconds)}  {each.label}")
+    for workflow in workflows:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(workflow.began))
+        head = Text(f"{workflow.id}  ")
+        head.append(workflow.state, style=COLOURS[workflow.state])
+        head.append(f"  began {began}, {elapsed(workflow.seconds)}  {workflow.label}")
         rows = Table(box=None, pad_edge=True, show_header=False)
-        for stage in each.stages:
+        for stage in workflow.stages:
             rows.add_row(
                 f"  {stage.name}",
                 Text(stage.state, style=COLOURS[stage.state]),
@@ -115,10 +107,11 @@ def table(found: list[WorkflowStatus]) -> Group:
                 f"attempt {stage.attempts}" if (stage.attempts or 0) > 1 else "",
                 Path(stage.log).name if stage.log else "",
             )
-        problems = [Text(f"  {stage.problem}", style=COLOURS["failed"]) for stage in each.stages if stage.problem]
+        problems = [Text(f"  {stage.problem}", style=COLOURS["failed"]) for stage in workflow.stages if stage.problem]
         parts += [head, rows, *problems]
     return Group(*parts)
 
 
-def as_json(found: list[WorkflowStatus]) -> list[dict[str, Any]]:
-    return [asdict(each) for each in found]
+def as_json(workflows: list[WorkflowStatus]) -> list[dict[str, Any]]:
+    """Return JSON objects for programs."""
+    return [asdict(each) for each in workflows]

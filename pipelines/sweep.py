@@ -1,7 +1,7 @@
-"""Several variants of one configuration, some at a time: the best is the one with the fewest held-out bits per byte.
+"""A sweep: trials of several variants of one configuration. The best has the fewest bits per byte on held-out text.
 
-Each trial is a durable workflow of its own, and its run in MLflow lies below the sweep's. What trials have in common is
-made once, since stages are named by what goes into them.
+Each trial is a durable workflow, and its MLflow run is below the sweep's. Stages that trials share are executed once,
+since a stage's key depends on its inputs only.
 """
 
 import itertools
@@ -14,44 +14,47 @@ from dbos import DBOS
 from gru import config as configuration
 from gru.config import PipelineConfig, content_key
 from gru.errors import UserError
-from jobs.stages import Result
-from pipelines import workflow
+from jobs import results
+from jobs.results import ScoreSummary, SweepResult, TrialFailure
+from pipelines import records, workflow
+from pipelines.context import WorkflowContext
 from pipelines.ray_jobs import JobFailed
-from pipelines.workflow import STEPS_VERSION, WorkflowContext
-
-STAGES = ("prepare", "train", "evaluate")
-
+from pipelines.workflow import STEPS_VERSION
 
 Changes = tuple[str, ...]
-"""Overrides, as --set takes them."""
+"""The overrides of a variant, each section.key=value."""
 
 
 def grid(config: PipelineConfig, over: Sequence[str]) -> dict[Changes, PipelineConfig]:
-    """The variants: one for each choice of a value of each key. over: section.key=[...]. Raises UserError."""
+    """Return a variant for each combination of values. over: section.key=[...]. Raises UserError for a mistake."""
     choices: list[list[str]] = []
-    for each in over:
-        key, _, text = each.partition("=")
+    for option in over:
+        key, _, text = option.partition("=")
         try:
             values = tomllib.loads(f"values = {text}")["values"]
         except tomllib.TOMLDecodeError:
             values = None
         if not isinstance(values, list) or not values:
-            raise UserError(f"--over {each}: expected a key and its values, as in model.hidden=[256, 512]")
+            raise UserError(f"--over {option}: expected a key and its values, as in model.hidden=[256, 512]")
         choices.append([f"{key}={_as_toml(value)}" for value in values])
-    return {chosen: configuration.changed(config, chosen, "--over ") for chosen in itertools.product(*choices)}
+    return {changes: configuration.changed(config, changes, "--over ") for changes in itertools.product(*choices)}
 
 
 def variants(
     config: PipelineConfig, over: Sequence[str], trials: Sequence[Sequence[str]]
 ) -> dict[Changes, PipelineConfig]:
-    """Those of the grid, if there is one, and those listed: each some section.key=value. Raises UserError."""
+    """Return the variants of the grid `over`, if there is one, and those listed in `trials`.
+
+    Raises UserError for a mistake in them, or if there are none.
+    """
     if not over and not trials:
-        raise UserError("nothing to compare: expected --over KEY=[...] or --trial KEY=VALUE ..., or both")
+        raise UserError("no variants to compare: expected --over KEY=[...] or --trial KEY=VALUE ..., or both")
     listed = {tuple(each): configuration.changed(config, each, "--trial ") for each in trials}
     return (grid(config, over) if over else {}) | listed
 
 
 def label(changes: Changes) -> str:
+    """The name of a variant: its overrides."""
     return " ".join(changes)
 
 
@@ -60,7 +63,7 @@ def _as_toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{', '.join(map(_as_toml, value))}]"
-    return repr(value)  # Python's strings in single quotes are TOML's
+    return repr(value)  # a Python string in single quotes is one in TOML too
 
 
 def execute(
@@ -69,37 +72,44 @@ def execute(
     at_once: int,
     context: WorkflowContext,
     database: str,
-) -> Result:
-    """Run the trials to their end, or join those that are under way; what came of each by its label, and the best."""
+) -> SweepResult:
+    """Run the trials to their end, at most `at_once` at a time, or join an unfinished sweep over the same trials.
+
+    Raises JobFailed if every trial failed.
+    """
     variants = {label(changes): trial.model_dump_json() for changes, trial in trials.items()}
     prefix = f"{config.name}-sweep-{content_key(STEPS_VERSION, config, variants)}"
     with workflow.launched(prefix, context, database) as join_or_start:
         DBOS.register_queue(prefix, concurrency=at_once, on_conflict="always_update")
-        return join_or_start(sweep, config.model_dump_json(), variants, prefix).get_result()
+        result: SweepResult = join_or_start(sweep, config.model_dump_json(), variants, prefix).get_result()
+        return result
 
 
-@DBOS.workflow()
-def sweep(config_json: str, variants: dict[str, str], key: str) -> Result:
-    parent = workflow.open_parent(config_json, key, f"sweep of {len(variants)}", None)
+@DBOS.workflow(name=records.SWEEP)
+def sweep(config_json: str, variants: dict[str, str], key: str) -> SweepResult:
+    """Run a trial for each variant, given as label and config, on the queue `key`."""
+    parent = workflow.open_run(config_json, key, f"sweep of {len(variants)}", None)
     handles = {name: DBOS.enqueue_workflow(key, trial, name, each, parent) for name, each in variants.items()}
-    trials: dict[str, Result] = {}
+    scored: dict[str, ScoreSummary] = {}
+    failed: dict[str, TrialFailure] = {}
     for name, handle in handles.items():
         try:
-            trials[name] = handle.get_result()
-        except Exception as failure:  # its like may still do well
-            trials[name] = {"error": str(failure)}
-    scored = {name: result for name, result in trials.items() if "error" not in result}
+            scored[name] = handle.get_result()
+        except Exception as failure:  # the other trials continue
+            failed[name] = {"error": str(failure)}
     if not scored:
-        workflow.close_parent(parent, "FAILED", {})
-        name, result = next(iter(trials.items()))
-        raise JobFailed(f"no trial came to its end; {name}: {result['error']}")
+        workflow.close_run(parent, "FAILED", {})
+        name, first = next(iter(failed.items()))
+        raise JobFailed(f"every trial failed; {name}: {first['error']}")
     best = min(scored, key=lambda name: scored[name]["bits_per_byte"])
-    workflow.close_parent(parent, "FINISHED", scored[best])
+    workflow.close_run(parent, "FINISHED", scored[best])
+    trials: dict[str, ScoreSummary | TrialFailure] = {name: scored.get(name) or failed[name] for name in variants}
     return {"best": best, "bits_per_byte": scored[best]["bits_per_byte"], "trials": trials, "tracking": parent}
 
 
-@DBOS.workflow()
-def trial(name: str, config_json: str, parent: str) -> dict[str, float]:
-    run = workflow.open_parent(config_json, content_key(parent, name), name, parent)
-    _, results = workflow.run_stages(STAGES, config_json, run, name)
-    return workflow.measures(results)
+@DBOS.workflow(name=records.TRIAL)
+def trial(name: str, config_json: str, parent: str) -> ScoreSummary:
+    """Prepare, train and evaluate one variant, in an MLflow run below `parent`."""
+    run = workflow.open_run(config_json, content_key(parent, name), name, parent)
+    _, done = workflow.run_stages(records.TRIAL_STAGES, config_json, run, name)
+    return results.score_summary(done["evaluate"])

@@ -1,4 +1,4 @@
-"""What several test modules share: a corpus to learn from, one Ray for the session, an MLflow of the test's own."""
+"""Fixtures of several test modules: a corpus, one Ray for the session, an MLflow store for each test, a bucket."""
 
 import os
 import random
@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray of this session's own, with four logical CPUs."""
+    """A local Ray for the session, with four logical CPUs."""
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
@@ -46,7 +46,7 @@ def ray_local() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables with nothing in them, which take seconds to make."""
+    """An MLflow database with empty tables, which take seconds to create."""
     import mlflow
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -56,7 +56,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def mlflow_store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of an empty MLflow store, which is MLflow's own default while the test runs."""
+    """The URI of an empty MLflow store, which MLflow uses by default during the test."""
     import mlflow
 
     before = mlflow.get_tracking_uri()
@@ -72,7 +72,7 @@ def mlflow_store(empty_database: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """The URL of a bucket; credentials and server are in the environment, as they are for a user."""
+    """The URL of an S3 bucket; its server and credentials are in environment variables, as for a user."""
     import fsspec
     import s3fs
     from moto.server import ThreadedMotoServer
@@ -94,7 +94,7 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def fables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A JSON Lines corpus of 3,000 short documents in a language that is quickly learned, title and text."""
+    """A JSON Lines corpus of 3,000 short documents with title and text, whose language is learned quickly."""
     path = tmp_path_factory.mktemp("corpus") / "fables.jsonl"
     path.write_text("".join(f'{{"title": "{t}", "text": "{b}"}}\n' for t, b in _fables(random.Random(0), 3000)))
     return path

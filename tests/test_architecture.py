@@ -1,58 +1,166 @@
-"""The rules of the house, as tests: imports go downwards, the core is plain, importing does nothing heavy."""
+"""The architecture, as tests: imports go downwards, the core is plain, importing is light, files are short."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.import_graph import ImportGraph, attribute_paths, imported_names
+
 ROOT = Path(__file__).parent.parent
-LAYERS = ["gru", "jobs", "pipelines"]  # lower layers first
-PLAIN = [
-    "gru/copies.py",
-    "gru/model",
-    "gru/corpus/dataset.py",
-    "gru/corpus/documents.py",
-    "gru/corpus/duplicates.py",
-    "gru/corpus/lanes.py",
-    "gru/corpus/shards.py",
-    "gru/corpus/sources.py",
-    "gru/corpus/tokenizer.py",
-    "gru/ngram.py",
-    "gru/serving/engine.py",
-    "gru/serving/sampling.py",
-    "gru/serving/states.py",
-    "gru/serving/text.py",
-    "gru/training/learner.py",
-    "gru/training/checkpoint.py",
+GROUND = ["config", "errors", "storage", "digests", "cluster", "network", "native", "ray_internals"]
+PACKAGES = ["model", "corpus", "generation", "registry", "training", "evaluation", "serving", "comparison"]
+LAYERS = [
+    ["gru", *(f"gru.{module}" for module in GROUND)],
+    *([f"gru.{package}"] for package in PACKAGES),
+    ["jobs"],
+    ["pipelines"],
+    ["tests"],
 ]
+"""Modules and packages by layer, lower layers first."""
+HEAVY = {"ray", "mlflow", "fastapi", "starlette", "dbos"}
+PLAIN = [
+    "gru.model",
+    "gru.generation",
+    "gru.corpus.batches",
+    "gru.corpus.dataset",
+    "gru.corpus.documents",
+    "gru.corpus.duplicates",
+    "gru.corpus.shards",
+    "gru.corpus.sources",
+    "gru.corpus.tokenizer",
+    "gru.evaluation.memorization",
+    "gru.evaluation.ngram",
+    "gru.training.checkpoint",
+    "gru.training.learner",
+]
+"""Modules and packages that reach none of HEAVY."""
+RAY_INTERNALS = "gru/ray_internals.py"
+USES_RAY_INTERNALS = {"gru/serving/deployment.py", "gru/training/scaling.py", "gru/training/trainer.py"}
+"""Other files that still import Ray's private modules."""
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+MAY_BE_LONG = {"gru/config.py"}
+CUSTOMARY = {
+    *{".ci", ".editorconfig", ".gitattributes", ".github", ".gitignore", ".pre-commit-config.yaml", ".rayignore"},
+    *{"CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "LICENSE", "NOTICE", "README.md", "SECURITY.md"},
+    *{"Makefile", "constraints.txt", "pyproject.toml"},
+}
 
 
-def imports(file: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, inside functions too."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+def layer_of(module: str) -> int | None:
+    """The number of a module's layer, 0 for the lowest; None if it is in none."""
+    for number, names in enumerate(LAYERS):
+        if any(module == name or (name != "gru" and module.startswith(f"{name}.")) for name in names):
+            return number
+    return None
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_imports_go_downwards_only(layer: str) -> None:
-    above = set(LAYERS[LAYERS.index(layer) + 1 :]) | {"tests"}
-    for file in (ROOT / layer).rglob("*.py"):
-        assert not imports(file) & above, f"{file} imports from a layer above"
+def is_upward(start: str, target: str) -> bool:
+    first, last = layer_of(start), layer_of(target)
+    return first is not None and last is not None and last > first
 
 
-@pytest.mark.parametrize("part", PLAIN)
-def test_the_core_knows_neither_ray_nor_mlflow_nor_http(part: str) -> None:
-    path = ROOT / part
-    assert path.exists()
-    for file in [path] if path.suffix else path.rglob("*.py"):
-        assert not imports(file) & {"ray", "mlflow", "fastapi", "starlette", "dbos"}, file
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """The Python files, by their paths in the repository."""
+    for top in ("gru", "jobs", "pipelines", "tests"):
+        for file in sorted((ROOT / top).rglob("*.py")):
+            yield file.relative_to(ROOT).as_posix(), file
+
+
+@pytest.fixture(scope="module")
+def graph() -> ImportGraph:
+    return ImportGraph(ROOT)
+
+
+def test_every_module_has_a_layer(graph: ImportGraph) -> None:
+    assert [module for module in graph.modules if layer_of(module) is None] == []
+
+
+def test_imports_go_downwards_only(graph: ImportGraph) -> None:
+    assert graph.chains(graph.modules, is_upward) == []
+
+
+def test_an_upward_import_two_hops_away_is_found_with_its_chain(tmp_path: Path) -> None:
+    files = {
+        "gru/model/cells.py": "from gru.digests import digest",
+        "gru/digests.py": "def digest():\n    from gru.serving import api",
+        "gru/serving/api.py": "import gru.model.cells",
+        "jobs/serve.py": "from gru.serving.api import create_app",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert ImportGraph(tmp_path).chains(["gru.model.cells", "gru.serving.api", "jobs.serve"], is_upward) == [
+        "gru.model.cells -> gru.digests -> gru.serving.api"
+    ]
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+def test_the_core_reaches_neither_ray_nor_mlflow_nor_http(graph: ImportGraph, plain: str) -> None:
+    modules = [module for module in graph.modules if is_in(module, plain)]
+    assert modules, f"{plain} does not exist"
+    assert graph.chains(modules, lambda start, target: target in HEAVY) == []
+
+
+def test_comparisons_reach_no_ray(graph: ImportGraph) -> None:
+    modules = [module for module in graph.modules if is_in(module, "gru.comparison")]
+    assert graph.chains(modules, lambda start, target: target == "ray") == []
+
+
+def is_private_in_ray(name: str) -> bool:
+    package, *parts = name.split(".")
+    is_private = any(re.match("_[^_]", part) for part in parts) or parts[:2] == ["serve", "context"]
+    return package == "ray" and is_private
+
+
+def test_only_ray_internals_imports_rays_private_modules() -> None:
+    users = {
+        path
+        for path, file in sources()
+        if not path.startswith("tests/")
+        and any(is_private_in_ray(name) for name in (*imported_names(file), *attribute_paths(file)))
+    }
+    assert users - USES_RAY_INTERNALS <= {RAY_INTERNALS}
+
+
+@pytest.mark.parametrize(
+    ("name", "is_private"),
+    [
+        ("ray._private.state.state", True),
+        ("ray.train.v2._internal.callbacks", True),
+        ("ray.serve._private.replica", True),
+        ("ray.serve.context.get_replica_context", True),
+        ("ray.serve.get_replica_context", False),
+        ("ray.train.Checkpoint", False),
+        ("ray.__version__", False),
+        ("gru._private", False),
+    ],
+)
+def test_rays_private_modules_are_recognized(name: str, is_private: bool) -> None:
+    assert is_private_in_ray(name) == is_private
+
+
+def test_no_file_is_too_long() -> None:
+    lengths = {path: len(file.read_text().splitlines()) for path, file in sources() if path not in MAY_BE_LONG}
+    assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_no_function_is_too_long() -> None:
+    lengths = {
+        f"{path}:{node.lineno} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for path, file in sources()
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: lines for name, lines in lengths.items() if lines > MOST_FUNCTION_LINES} == {}
 
 
 def test_help_needs_no_heavy_module() -> None:
@@ -61,12 +169,9 @@ def test_help_needs_no_heavy_module() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def test_top_level_holds_only_what_belongs_there() -> None:
+def test_the_top_level_holds_customary_files_only() -> None:
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
     if tracked.returncode:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
-    customary = {
-        ".ci", ".gitignore", ".rayignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml",
-    }  # fmt: skip
-    assert top <= customary | {"gru", "jobs", "pipelines", "tests", "infra"}
+    assert top <= CUSTOMARY | {"gru", "jobs", "pipelines", "tests", "infra"}

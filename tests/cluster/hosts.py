@@ -1,7 +1,8 @@
-"""Hosts on one machine, for what has to cross a network: each has its own address, name, processes and files.
+"""Simulated hosts on one machine, for tests that need a network: each has its own address, name, processes and files.
 
-They are Linux namespaces, so this needs root. The machine's own network is not touched, and all that runs on a host
-ends with it. Of the checkout, the desk sees all, the others what was installed; /tmp, /dev/shm and /home are their own.
+A host is a set of Linux namespaces, so this needs root. The machine's own network is not changed, and all processes of
+a host end with it. The host `desk` sees the whole checkout, the others only the installed packages; each host has its
+own /tmp, /dev/shm and /home.
 """
 
 import contextlib
@@ -14,20 +15,20 @@ from pathlib import Path
 
 import psutil
 
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 CHECKOUT = Path(__file__).parents[2]
 INSTALLED = Path(sys.prefix)
 HOME = "/home/gru"
 
 NAMESPACES = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc"]
-LIFE = "trap '' CHLD; exec sleep infinity"  # orphans are not to stay as zombies
+INIT = "trap '' CHLD; exec sleep infinity"  # ignoring CHLD: orphans do not stay as zombies
 
-# Arguments: name, lines of /etc/hosts, what is seen of the checkout.
-OWN_FILES = r"""
-mkdir -p /run/kept && mount -t tmpfs none /run && mkdir /run/kept && mount --bind "$3" /run/kept
+# Arguments: name, lines of /etc/hosts, directory to keep visible, directory of the checkout.
+MOUNTS = r"""
+mkdir -p /run/visible && mount -t tmpfs none /run && mkdir /run/visible && mount --bind "$3" /run/visible
 mount -t tmpfs none /tmp && mount -t tmpfs none /home && mount -t tmpfs -o size=4g none /dev/shm
-mkdir -p "$4" && mount -t tmpfs none "$4" && mkdir -p "$3" && mount --bind /run/kept "$3"
+mkdir -p "$4" && mount -t tmpfs none "$4" && mkdir -p "$3" && mount --bind /run/visible "$3"
 echo "$1" > /proc/sys/kernel/hostname
 printf '127.0.0.1 localhost\n%s\n' "$2" > /run/hosts && mount --bind /run/hosts /etc/hosts
 : > /run/resolv.conf && mount --bind /run/resolv.conf /etc/resolv.conf
@@ -36,12 +37,12 @@ ip link set lo up && mkdir -p /home/gru && chmod 1777 /tmp /home/gru
 
 
 class Network:
-    """A switch, and the hosts on it by their names."""
+    """A switch, and the hosts on it by name."""
 
     def __init__(self, addresses: dict[str, str], logs: Path) -> None:
         self.hosts = {name: Host(name, address, logs) for name, address in addresses.items()}
-        self._life = subprocess.Popen(["unshare", "--net", "--kill-child", "--fork", "sleep", "infinity"])
-        self._pid = _child(self._life)
+        self._init = subprocess.Popen(["unshare", "--net", "--kill-child", "--fork", "sleep", "infinity"])
+        self._pid = _child(self._init)
 
     def start(self) -> None:
         self._on_switch("ip link add switch type bridge && ip link set switch up")
@@ -63,8 +64,8 @@ class Network:
     def stop(self) -> None:
         for host in self.hosts.values():
             host.stop()
-        self._life.kill()
-        self._life.wait()
+        self._init.kill()
+        self._init.wait()
 
     def _on_switch(self, command: str) -> None:
         subprocess.run(["nsenter", f"--net=/proc/{self._pid}/ns/net", "sh", "-ec", command], check=True)
@@ -79,18 +80,18 @@ class Host:
     pid: int = 0
 
     def start(self, known: str) -> None:
-        seen = CHECKOUT if self.name == "desk" else INSTALLED
-        self._life = subprocess.Popen([*NAMESPACES, "sh", "-c", LIFE])
-        self.pid = _child(self._life)
-        subprocess.run([*self._enter(), "sh", "-euc", OWN_FILES, "sh", self.name, known, seen, CHECKOUT], check=True)
+        visible = CHECKOUT if self.name == "desk" else INSTALLED
+        self._init = subprocess.Popen([*NAMESPACES, "sh", "-c", INIT])
+        self.pid = _child(self._init)
+        subprocess.run([*self._enter(), "sh", "-euc", MOUNTS, "sh", self.name, known, visible, CHECKOUT], check=True)
 
     def stop(self) -> None:
         if self.pid:
-            self._life.kill()  # its child with it, and with that all others
-            self._life.wait()
+            self._init.kill()  # ends its child, the namespace's first process, and so all others
+            self._init.wait()
 
     def run(self, command: str) -> str:
-        """Output of a command, with the host's environment, in its home. Raises CalledProcessError."""
+        """Run a command in the host's home, with its environment. Return the output. Raises CalledProcessError."""
         done = subprocess.run(self._command(command), env=self._environment(), stdout=subprocess.PIPE, check=True)
         return done.stdout.decode()
 
@@ -98,28 +99,28 @@ class Host:
         return self.run(shlex.join(["python", "-c", program]))
 
     def spawn(self, command: str, name: str) -> "Running":
-        """A process that goes on beside this one; `name` is that of its logs."""
+        """Start a process in the background. `name` is part of the names of its logs."""
         out, err = (self.logs / f"{self.name}-{name}.{kind}" for kind in ("out", "err"))
-        with out.open("ab") as told, err.open("ab") as logged:
-            started = subprocess.Popen(
-                self._command(command), env=self._environment(), stdin=subprocess.DEVNULL, stdout=told, stderr=logged
+        with out.open("ab") as stdout, err.open("ab") as stderr:
+            process = subprocess.Popen(
+                self._command(command), env=self._environment(), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
             )
-        return Running(started, out, err)
+        return Running(process, out, err)
 
     def write(self, name: str, text: str) -> str:
-        """A file in the host's home; its path."""
+        """Write a file in the host's home. Return its path."""
         subprocess.run(self._command(f"umask 077; cat > {name}"), input=text.encode(), check=True)
         return f"{HOME}/{name}"
 
     def processes(self, words: str) -> list[psutil.Process]:
-        """Those on this host whose command line has these words."""
-        found = []
+        """The processes on this host whose command line contains these words."""
+        matching = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
                 here = Path(f"/proc/{process.pid}/ns/pid").readlink() == Path(f"/proc/{self.pid}/ns/pid").readlink()
                 if here and words in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    matching.append(process)
+        return matching
 
     def _enter(self) -> list[str]:
         return ["nsenter", f"--target={self.pid}", "--net", "--mount", "--uts", "--ipc", "--pid"]
@@ -138,7 +139,7 @@ class Running:
     err: Path
 
     def kill(self) -> None:
-        """With all that it started."""
+        """Kill the process and its descendants."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -148,8 +149,8 @@ class Running:
 
 
 def _child(parent: subprocess.Popen[bytes]) -> int:
-    def found() -> list[psutil.Process]:
+    def children() -> list[psutil.Process]:
         assert parent.poll() is None, "unshare failed: it needs root"
         return psutil.Process(parent.pid).children()
 
-    return wait_for("a namespace", found, 10)[0].pid
+    return wait_until("a namespace", children, 10)[0].pid

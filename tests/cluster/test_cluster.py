@@ -1,7 +1,7 @@
-"""The README's "On a cluster", on six hosts: a Ray of three, MLflow on Postgres, an S3 store, and somebody's desk.
+"""The README's "On a cluster", on six hosts: a Ray of three, MLflow on Postgres, an S3 store, and a user's desk.
 
-Each host has an address and files of its own; the code reaches the cluster with the jobs. What one run makes while
-nothing goes wrong, the others make as well, to the bit, while something does.
+Each host has its own address and files; the code reaches the cluster with the jobs. Runs during faults must end with
+exactly the weights of an undisturbed run.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import CHECKOUT, INSTALLED, Host, Network, Running
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -29,7 +29,7 @@ ADDRESSES = {
     **{"mlflow": "10.213.0.4", "s3": "10.213.0.5", "desk": "10.213.0.6"},
 }
 LISTING = "http://s3:9000/gru?list-type=2&prefix="
-STEPS = 1500  # some of them must be left when a worker is back
+STEPS = 1500  # enough that some remain when a worker is back
 NUMBERS = itertools.count(1)
 
 CONFIG = f"""
@@ -132,7 +132,7 @@ class Cluster:
     services: dict[str, Running]
 
     def start(self, corpus: Path) -> None:
-        """As the README says it."""
+        """Start all services as the README describes."""
         token, password, secret = (secrets.token_hex(16) for _ in range(3))
         store = {"AWS_ENDPOINT_URL": "http://s3:9000", "AWS_DEFAULT_REGION": "us-east-1"}
         store |= {"AWS_ACCESS_KEY_ID": "gru", "AWS_SECRET_ACCESS_KEY": secret}
@@ -153,8 +153,8 @@ class Cluster:
         self.start_mlflow()
         self._start_ray(store, token)
 
-        made = subprocess.run([INSTALLED / "bin" / "gru", "key", "desk"], capture_output=True, text=True, check=True)
-        key, line = made.stdout.splitlines()
+        output = subprocess.run([INSTALLED / "bin" / "gru", "key", "desk"], capture_output=True, text=True, check=True)
+        key, line = output.stdout.splitlines()
         self.hosts["head"].write("keys", line)
         desk = self.hosts["desk"]
         desk.write("token", token)
@@ -169,16 +169,16 @@ class Cluster:
             "DBOS_SYSTEM_DATABASE_URL": f"postgresql{database}/workflows",
             "GRU_API_KEY": key,
         }
-        wait_for("the store", lambda: self.page("http://s3:9000/refused"))
+        wait_until("the store", lambda: self.page("http://s3:9000/refused"))
         desk.python(UPLOAD)
-        wait_for("MLflow", lambda: self.page("http://mlflow:5000/health"))
-        wait_for("three nodes", lambda: self.nodes() == 3)
+        wait_until("MLflow", lambda: self.page("http://mlflow:5000/health"))
+        wait_until("three nodes", lambda: self.nodes() == 3)
 
     def start_postgres(self) -> None:
         command = f"{_postgres_programs()}/postgres -D /tmp/postgres -c listen_addresses=mlflow -c fsync=off"
         host = self.hosts["mlflow"]
         self.services["postgres"] = host.spawn(f"exec {AS_POSTGRES} {command}", "postgres")
-        wait_for("Postgres", lambda: "yes" in host.run(f"{_postgres_programs()}/pg_isready -q && echo yes || true"))
+        wait_until("Postgres", lambda: "yes" in host.run(f"{_postgres_programs()}/pg_isready -q && echo yes || true"))
 
     def start_mlflow(self) -> None:
         command = "mlflow server --host=mlflow --port=5000 --workers=1 --artifacts-destination=s3://gru/mlflow"
@@ -193,27 +193,27 @@ class Cluster:
             host.environment["RAY_health_check_timeout_ms"] = "3000"  # as in infra/
             role = head if name == "head" else "--address=head:6379 --labels=pool=work"
             start = f"ray start --node-ip-address={host.address} {every} {role}"
-            host.spawn(f"while true; do {start} || sleep 1; done", "ray")  # as what starts containers does
+            host.spawn(f"while true; do {start} || sleep 1; done", "ray")  # restarted, as an orchestrator does
 
     def page(self, url: str) -> str:
-        """What is there, as the desk sees it; nothing without an answer."""
+        """The content of a URL, requested from the desk; "" if there is no answer."""
         try:
             return self.hosts["desk"].run(f"curl --silent --fail --max-time 3 '{url}'")
         except subprocess.CalledProcessError:
             return ""
 
     def nodes(self) -> int:
-        """How many the head thinks are alive."""
+        """Number of nodes that the head considers alive."""
         with contextlib.suppress(subprocess.CalledProcessError):
             return int(self.hosts["desk"].python(NODES))
         return 0
 
 
 def _postgres_programs() -> Path:
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
         pytest.fail("needs Debian's package postgresql")
-    return found[-1]
+    return programs[-1]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, fables: Path) -> Iterator[
 
 @dataclass
 class Pipeline:
-    """A `gru run` from the desk, with a storage and an MLflow experiment of its own."""
+    """A `gru run` on the desk, with its own storage and MLflow experiment."""
 
     cluster: Cluster
     name: str
@@ -240,28 +240,28 @@ class Pipeline:
 
     @property
     def step(self) -> int:
-        """Of its newest checkpoint; 0 without any."""
+        """The step of the newest checkpoint; 0 if there is none."""
         listing = self.cluster.page(f"{LISTING}{self.name}/runs/")
         return max((int(step) for step in re.findall(r"/step-(\d+)-\w+/digests.json<", listing)), default=0)
 
     @property
-    def told(self) -> str:
+    def stderr(self) -> str:
         return self.running.err.read_text()
 
     def wait_for_step(self, step: int) -> float:
-        """Until it has a checkpoint from there on; the seconds that it took."""
+        """Wait for a checkpoint at this step or later. Return the seconds that it took."""
         began = time.monotonic()
 
         def reached() -> bool:
-            assert self.running.process.poll() is None, self.told
+            assert self.running.process.poll() is None, self.stderr
             return self.step >= step
 
-        wait_for(f"a checkpoint from step {step} on", reached, 240)
+        wait_until(f"a checkpoint at step {step} or later", reached, 240)
         return time.monotonic() - began
 
     def check(self) -> None:
-        """It came to its end, with each step in MLflow once."""
-        assert self.running.process.wait(timeout=300) == 0, self.told
+        """Assert that it succeeded, with each step in MLflow once."""
+        assert self.running.process.wait(timeout=300) == 0, self.stderr
         assert json.loads(self.running.out.read_text().splitlines()[-1])["model"] == "fables"
         logged = json.loads(self.cluster.hosts["desk"].python(RUNS.format(name=self.name)))
         names = ["evaluate", "fables", "prepare", "promote", "train"]
@@ -269,7 +269,7 @@ class Pipeline:
         assert logged["steps"] == list(range(10, STEPS + 1, 10))
 
     def weights(self) -> str:
-        """Their digest."""
+        """The digest of the bundle's weights."""
         return self.cluster.hosts["desk"].python(WEIGHTS.format(name=self.name))
 
 
@@ -280,109 +280,113 @@ def start(cluster: Cluster, name: str, *settings: str) -> Pipeline:
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: Cluster) -> Pipeline:
-    """A run while nothing goes wrong."""
-    pipeline = start(cluster, "calm")
+def undisturbed(cluster: Cluster) -> Pipeline:
+    """An undisturbed run."""
+    pipeline = start(cluster, "undisturbed")
     pipeline.check()
     return pipeline
 
 
-def test_the_endpoint_answers_other_hosts_that_have_a_key(cluster: Cluster, calm: Pipeline) -> None:
+def test_the_endpoint_answers_other_hosts_that_have_a_key(cluster: Cluster, undisturbed: Pipeline) -> None:
     for name in ("worker1", "desk"):
         assert json.loads(cluster.hosts[name].run("curl --silent http://head:8000/ready"))["model"] == "fables"
     assert cluster.hosts["desk"].run("gru generate fables.toml 'The fox'").startswith("The fox")
-    asked = "curl --silent http://head:8000/v1/models"
-    assert "401" in cluster.hosts["desk"].run(f"{asked} --output /dev/null --write-out '%{{http_code}}'")
-    assert "fables" in cluster.hosts["desk"].run(f'{asked} --header "Authorization: Bearer $GRU_API_KEY"')
+    request = "curl --silent http://head:8000/v1/models"
+    assert "401" in cluster.hosts["desk"].run(f"{request} --output /dev/null --write-out '%{{http_code}}'")
+    assert "fables" in cluster.hosts["desk"].run(f'{request} --header "Authorization: Bearer $GRU_API_KEY"')
 
 
-def test_each_stage_computes_on_the_hosts_that_have_its_label(cluster: Cluster, calm: Pipeline) -> None:
+def test_each_stage_computes_on_the_hosts_that_have_its_label(cluster: Cluster, undisturbed: Pipeline) -> None:
     places = json.loads(cluster.hosts["desk"].python(PLACES))
     work = {ADDRESSES["worker1"], ADDRESSES["worker2"]}
     assert places["Map(_task)"] and set(places["Map(_task)"]) <= work
     assert set(places["RayTrainWorker.run_train_fn"]) == work
     assert places["evaluate"] and set(places["evaluate"]) <= work
-    assert places["prepare"] == places["train"] == [ADDRESSES["head"]]  # these jobs themselves compute nothing
+    assert places["prepare"] == places["train"] == [ADDRESSES["head"]]  # the drivers of these jobs compute nothing
     assert cluster.hosts["head"].processes("ServeReplica")
 
 
-def test_whoever_has_the_token_submits_a_job_and_reads_where_a_model_comes_from(
-    cluster: Cluster, calm: Pipeline
+def test_a_user_with_the_token_submits_a_job_and_reads_the_lineage_of_a_model(
+    cluster: Cluster, undisturbed: Pipeline
 ) -> None:
-    [dataset] = re.findall(r"<Key>(calm/datasets/\w+)/manifest.json<", cluster.page(f"{LISTING}calm/datasets/"))
+    [dataset] = re.findall(
+        r"<Key>(undisturbed/datasets/\w+)/manifest.json<", cluster.page(f"{LISTING}undisturbed/datasets/")
+    )
     submit = (
         "env --unset=RAY_ADDRESS ray job submit --address=http://head:8265 --working-dir=. -- python -m jobs.inspect"
     )
-    said = cluster.hosts["desk"].run(f"cd {CHECKOUT}; {submit} s3://gru/{dataset} --verify")
-    assert "every file is what it says" in said
+    output = cluster.hosts["desk"].run(f"cd {CHECKOUT}; {submit} s3://gru/{dataset} --verify")
+    assert "every file is what it says" in output
     links = json.loads(cluster.hosts["desk"].run("gru lineage fables@champion --verify --json"))
     unread = {link["name"]: link["state"] for link in links if link["state"] != "verified"}
-    assert unread == {"version": "found", "run": "found"}  # which are no files
+    assert unread == {"version": "found", "run": "found"}  # which are not files
 
 
 def test_a_worker_is_cut_off_and_comes_back_while_the_store_refuses_every_tenth_request(
-    cluster: Cluster, calm: Pipeline
+    cluster: Cluster, undisturbed: Pipeline
 ) -> None:
     cluster.hosts["s3"].run("touch refuse")
-    # Without a label: the head's only CPU is no room either, since the endpoint has it.
+    # Without a label a worker may be on any node; but the endpoint occupies the head's only CPU.
     pipeline = start(cluster, "cut", "train.min_workers=1", "resources.train.labels={}")
     pipeline.wait_for_step(50)
     before = cluster.hosts["worker2"].processes("RayTrainWorker")
     assert before
     cluster.network.cut("worker2")
-    print(f"link cut: goes on with one worker after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
-    wait_for("its end", lambda: cluster.nodes() == 2)
+    print(f"link cut: training continued with one worker after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
+    wait_until("the node to be dead", lambda: cluster.nodes() == 2)
     cluster.network.restore("worker2")
     restored = time.monotonic()
-    wait_for("the node", lambda: cluster.nodes() == 3)
+    wait_until("the node to be alive", lambda: cluster.nodes() == 3)
     print(f"link restored: a node again after {time.monotonic() - restored:.0f} s")
-    wait_for("a worker there", lambda: set(cluster.hosts["worker2"].processes("RayTrainWorker")) - set(before))
+    wait_until("a worker on it", lambda: set(cluster.hosts["worker2"].processes("RayTrainWorker")) - set(before))
     print(f"link restored: two workers again after {time.monotonic() - restored:.0f} s")
     pipeline.check()
     refused = int(cluster.page("http://s3:9000/refused"))
     cluster.hosts["s3"].run("rm refuse")
     print(f"requests refused: {refused}")
     assert refused > 20
-    assert pipeline.weights() == calm.weights()
+    assert pipeline.weights() == undisturbed.weights()
 
 
-def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(cluster: Cluster, calm: Pipeline) -> None:
+def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(
+    cluster: Cluster, undisturbed: Pipeline
+) -> None:
     pipeline = start(cluster, "services", "train.min_workers=1")
     pipeline.wait_for_step(50)
     twin = start(cluster, "services", "train.min_workers=1")
-    wait_for("the twin to look on", lambda: "by another process" in twin.told)
+    wait_until("the twin to follow", lambda: "in another process" in twin.stderr)
     [driver] = [each for each in cluster.hosts["head"].processes("-m jobs.train") if each.name() == "python"]
     driver.kill()
-    print(f"job killed: the next attempt goes on after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
+    print(f"job killed: the next attempt continued after {pipeline.wait_for_step(pipeline.step + 100):.0f} s")
     [postmaster] = [each for each in cluster.hosts["mlflow"].processes("postgres -D") if each.name() == "postgres"]
     postmaster.send_signal(signal.SIGINT)
     cluster.services["postgres"].process.wait()
     restarted = time.monotonic()
     cluster.start_postgres()
     experiments = "http://mlflow:5000/api/2.0/mlflow/experiments/search?max_results=1"
-    wait_for("MLflow on Postgres", lambda: cluster.page(experiments))
+    wait_until("MLflow on Postgres", lambda: cluster.page(experiments))
     print(f"Postgres restarted: MLflow answers after {time.monotonic() - restarted:.0f} s")
     pipeline.wait_for_step(pipeline.step + 50)
 
-    assert " step " not in twin.told, "it is still to look on"
+    assert " step " not in twin.stderr, "the twin must still follow"
     pipeline.running.kill()
     killed = time.monotonic()
-    wait_for("the twin to go on", lambda: " step " in twin.told)
-    print(f"workflow killed: the one that looked on works after {time.monotonic() - killed:.0f} s")
+    wait_until("the twin to take over", lambda: " step " in twin.stderr)
+    print(f"workflow killed: the follower took over after {time.monotonic() - killed:.0f} s")
     other = start(cluster, "services", "train.min_workers=1")
-    wait_for("a third to look on", lambda: "by another process" in other.told)
+    wait_until("a third process to follow", lambda: "in another process" in other.stderr)
     at = twin.step
     assert at < STEPS
     cluster.services["mlflow"].kill()
     time.sleep(30)
-    print(f"MLflow stopped for 30 s: training went on from step {at} to {twin.step}")
+    print(f"MLflow stopped for 30 s: training continued from step {at} to {twin.step}")
     cluster.start_mlflow()
-    wait_for("MLflow", lambda: cluster.page(experiments))
+    wait_until("MLflow", lambda: cluster.page(experiments))
     answers = time.monotonic()
     twin.check()
     other.check()
     print(f"MLflow answers again: the pipeline ended {time.monotonic() - answers:.0f} s later")
-    assert twin.weights() == calm.weights()
+    assert twin.weights() == undisturbed.weights()
     [done] = json.loads(cluster.hosts["desk"].run("gru status s3://gru/services --json"))
     [train] = [stage for stage in done["stages"] if stage["name"] == "train"]
     assert (train["state"], train["attempts"]) == ("done", 2)

@@ -95,7 +95,7 @@ def test_a_truncated_file_is_named(directory: Path) -> None:
 def test_an_endpoint_that_could_not_be_seen_from_here(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head.invalid:8265")
     line = fail(directory, str(Path(sys.executable).with_name("gru")), "run", "config.toml", "--exit")
-    assert "serve.host = '127.0.0.1' is not where head.invalid (RAY_ADDRESS) is reached from here" in line
+    assert "serve.host = '127.0.0.1' does not reach head.invalid (RAY_ADDRESS) from here" in line
 
 
 def test_a_stage_without_the_one_before_it(directory: Path) -> None:

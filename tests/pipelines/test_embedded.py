@@ -1,4 +1,4 @@
-"""The embedded services, started for real."""
+"""The embedded Ray head and MLflow server, as real processes."""
 
 import subprocess
 import sys
@@ -12,14 +12,14 @@ USE = """
 import sys
 from pipelines import embedded
 store, ray_port, mlflow_port = sys.argv[1:]
-found = embedded.up(store, int(ray_port), int(mlflow_port), lambda line: None)
-print(found.ray, found.mlflow, flush=True)
+services = embedded.up(store, int(ray_port), int(mlflow_port), lambda line: None)
+print(services.ray, services.mlflow, flush=True)
 sys.stdin.readline()
-found.leave()
+services.leave()
 """
 
 
-def test_two_that_start_at_once_have_the_same_services_which_end_with_the_last_of_them(tmp_path: Path) -> None:
+def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_user(tmp_path: Path) -> None:
     ports = [free_port(), free_port()]
     command = [sys.executable, "-c", USE, str(tmp_path), *map(str, ports)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -27,9 +27,13 @@ def test_two_that_start_at_once_have_the_same_services_which_end_with_the_last_o
     try:
         addresses = f"http://127.0.0.1:{ports[0]} http://127.0.0.1:{ports[1]}\n"
         assert [user.stdout.readline() for user in users if user.stdout] == [addresses] * 2
-        services = embedded.services(tmp_path / "stack")
-        processes = [process for service in services for process in service.family()]
+        services = embedded.services(tmp_path / embedded.DIRECTORY)
+        processes = [process for service in services for process in service.processes()]
         assert len(processes) > 5
+        [mlflow] = [process for process in (service.process() for service in services[1:]) if process]
+        assert mlflow.environ()["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+        commands = [" ".join(child.cmdline()) for child in mlflow.children(recursive=True)]
+        assert not [command for command in commands if "mlflow.server.jobs" in command], "job runners of 190 MB each"
         for user, runs in zip(users, (True, False), strict=True):
             user.communicate("end")
             assert user.returncode == 0

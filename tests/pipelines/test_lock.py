@@ -1,4 +1,4 @@
-"""One process works, and the next one goes on where it ends or is killed."""
+"""One process holds the lock; the next one gets it when the holder ends or is killed."""
 
 import os
 import shutil
@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 
 from pipelines.lock import workflow_lock
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys
-from pipelines.lock import turn
-with turn(sys.argv[1], "one", lambda: print("waiting", flush=True)):
-    print("working", flush=True)
+from pipelines.lock import workflow_lock
+with workflow_lock(sys.argv[1], "one", lambda: print("waiting", flush=True)):
+    print("locked", flush=True)
     sys.stdin.readline()
 """
 
 
 class Postgres:
-    """On a socket of its own; as root, of the user that the Debian package makes."""
+    """A Postgres server on its own Unix socket. Started by root, it runs as user `postgres` of the Debian package."""
 
     def __init__(self, programs: Path, directory: Path) -> None:
         self.programs, self.directory = programs, directory
@@ -45,10 +45,10 @@ class Postgres:
         server = [*self.drop, self.programs / "postgres", "-D", self.directory / "data", *options]
         self.process = subprocess.Popen(server, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         probe = [self.programs / "pg_isready", "-q", "-h", self.directory]
-        wait_for("Postgres", lambda: subprocess.run(probe).returncode == 0)
+        wait_until("Postgres", lambda: subprocess.run(probe).returncode == 0)
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)  # its sessions are ended
+        self.process.send_signal(signal.SIGINT)  # fast shutdown: ends all sessions
         self.process.wait()
 
 
@@ -57,7 +57,7 @@ def postgres() -> Iterator[Postgres]:
     programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
     if not programs:
         pytest.skip("needs Debian's package postgresql")
-    with tempfile.TemporaryDirectory(prefix="gru-") as directory:  # others can look into it, unlike pytest's
+    with tempfile.TemporaryDirectory(prefix="gru-") as directory:  # user postgres may read it, unlike pytest's
         server = Postgres(programs[-1], Path(directory))
         yield server
         server.stop()
@@ -75,55 +75,55 @@ def hold(database: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def said(process: "subprocess.Popen[str]") -> str:
+def read_line(process: "subprocess.Popen[str]") -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def waits_to_work(process: "subprocess.Popen[str]") -> bool:
-    while (line := said(process)) == "waiting":
+def becomes_holder(process: "subprocess.Popen[str]") -> bool:
+    while (line := read_line(process)) == "waiting":
         pass
-    return line == "working"
+    return line == "locked"
 
 
-def never() -> None:
-    raise AssertionError("it is nobody's turn")
+def fail_if_waiting() -> None:
+    raise AssertionError("no other process holds this lock")
 
 
-def test_the_next_one_goes_on_when_one_is_killed_or_ends(database: str) -> None:
+def test_the_next_process_gets_the_lock_when_its_holder_is_killed_or_ends(database: str) -> None:
     first = hold(database)
-    assert said(first) == "working"
+    assert read_line(first) == "locked"
     second = hold(database)
-    assert [said(second), said(second)] == ["waiting", "waiting"]
-    with workflow_lock(database, "another", never):
+    assert [read_line(second), read_line(second)] == ["waiting", "waiting"]
+    with workflow_lock(database, "another", fail_if_waiting):
         pass
     first.kill()
     first.communicate()
-    assert waits_to_work(second)
-    looks = 0
+    assert becomes_holder(second)
+    calls = 0
 
-    def let_it_end() -> None:
-        nonlocal looks
-        if looks == 0:
+    def end_second() -> None:
+        nonlocal calls
+        if calls == 0:
             second.communicate("end")
-        looks += 1
+        calls += 1
 
-    with workflow_lock(database, "one", let_it_end):
-        assert looks == 1
-    with workflow_lock(database, "one", never):
+    with workflow_lock(database, "one", end_second):
+        assert calls == 1
+    with workflow_lock(database, "one", fail_if_waiting):
         pass
 
 
-def test_who_works_goes_on_when_postgres_is_restarted_and_the_next_one_after_that(postgres: Postgres) -> None:
+def test_the_holder_keeps_the_lock_when_postgres_restarts_and_the_next_gets_it_later(postgres: Postgres) -> None:
     first = hold(postgres.url)
-    assert said(first) == "working"
+    assert read_line(first) == "locked"
     second = hold(postgres.url)
-    assert said(second) == "waiting"
+    assert read_line(second) == "waiting"
     postgres.stop()
-    assert said(second) == "waiting"
+    assert read_line(second) == "waiting"
     postgres.start()
-    assert [said(second) for _ in range(10)] == ["waiting"] * 10
+    assert [read_line(second) for _ in range(10)] == ["waiting"] * 10
     first.kill()
     first.communicate()
-    assert waits_to_work(second)
+    assert becomes_holder(second)
     second.communicate("end")

@@ -1,16 +1,17 @@
-"""What [resources] says is what each stage is given, and no part of what is made."""
+"""Each stage gets its [resources], which are not part of any key."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ray.serve._private.build_app import build_app
 
 from gru.config import PipelineConfig
 from gru.serving import deployment
 from jobs import stages
+from jobs.results import PrepareResult, TrainResult
 
 STAGES = ("prepare", "train", "evaluate")
-GIVEN = {"cpus": 1, "memory": 100_000_000, "labels": {"pool": "big"}}
+RESOURCES = {"cpus": 1, "memory": 100_000_000, "labels": {"pool": "big"}}
 
 
 def config_of(corpus: Path, storage: Path, resources: dict[str, Any]) -> PipelineConfig:
@@ -27,22 +28,23 @@ def config_of(corpus: Path, storage: Path, resources: dict[str, Any]) -> Pipelin
     )
 
 
-def test_each_replica_is_given_what_serve_has(fables: Path, tmp_path: Path) -> None:
+def test_each_replica_gets_the_resources_of_serve(fables: Path, tmp_path: Path) -> None:
     def options(config: PipelineConfig) -> dict[str, Any]:
         built = deployment.application(config.serve, config.resources.serve, "poet", "http://mlflow:5000")
-        [generator] = build_app(built, name="gru").deployments
-        return generator.ray_actor_options
+        [replica] = build_app(built, name="gru").deployments
+        return replica.ray_actor_options
 
-    given = options(config_of(fables, tmp_path, {"serve": GIVEN}))
-    assert given == {"num_cpus": 1, "memory": 100_000_000, "label_selector": {"pool": "big"}}
+    granted = options(config_of(fables, tmp_path, {"serve": RESOURCES}))
+    assert granted == {"num_cpus": 1, "memory": 100_000_000, "label_selector": {"pool": "big"}}
     assert options(config_of(fables, tmp_path, {})) == {"num_cpus": 0.5}
 
 
-def test_what_is_made_has_the_same_name_wherever_it_is_made(fables: Path, tmp_path: Path) -> None:
+def test_keys_do_not_depend_on_resources(fables: Path, tmp_path: Path) -> None:
     def keys(resources: dict[str, Any]) -> list[str]:
         config = config_of(fables, tmp_path, resources)
-        prepared, trained = {"digest": "d", "heldout_digest": "h"}, {"key": "t"}
-        made = [stages.train_stage(config, prepared), stages.evaluate_stage(config, prepared, trained)]
-        return [stage.key for stage in (stages.prepare_stage(config), *made)]
+        prepared = cast(PrepareResult, {"digest": "d", "heldout_digest": "h"})
+        trained = cast(TrainResult, {"key": "t"})
+        later = [stages.train_stage(config, prepared), stages.evaluate_stage(config, prepared, trained)]
+        return [stage.key for stage in (stages.prepare_stage(config), *later)]
 
-    assert keys({}) == keys({**dict.fromkeys(STAGES, GIVEN), "train": {**GIVEN, "gpus": 1}})
+    assert keys({}) == keys({**dict.fromkeys(STAGES, RESOURCES), "train": {**RESOURCES, "gpus": 1}})

@@ -9,7 +9,7 @@ from pipelines import sweep
 CONFIG = configuration.load('{"corpus": {"sources": ["a.txt"]}}')
 
 
-def test_variants_are_the_grid_and_what_is_listed() -> None:
+def test_variants_are_those_of_the_grid_and_those_listed() -> None:
     over = ["model.hidden=[256, 512]", 'model.cell=["gru", "lstm"]']
     trials = [["model.hidden=1024", "train.learning_rate=2e-3"], ["train.steps=7"]]
     variants = sweep.variants(CONFIG, over, trials)
@@ -27,14 +27,14 @@ def test_variants_are_the_grid_and_what_is_listed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("over", "trials", "says"),
+    ("over", "trials", "message"),
     [
-        ([], [], r"nothing to compare: expected --over KEY=\[...\] or --trial KEY=VALUE"),
+        ([], [], r"no variants to compare: expected --over KEY=\[...\] or --trial KEY=VALUE"),
         ([], [["model.hiden=1"]], r"--trial: model\.hiden: unknown key; known here: "),
         ([], [["model.hidden"]], r"--trial model\.hidden: expected section\.key=value"),
         (["model.hidden=256"], [], r"--over model\.hidden=256: expected a key and its values"),
     ],
 )
-def test_a_mistake_is_told_in_a_line(over: list[str], trials: list[list[str]], says: str) -> None:
-    with pytest.raises(UserError, match=says):
+def test_a_mistake_is_reported_in_a_line(over: list[str], trials: list[list[str]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         sweep.variants(CONFIG, over, trials)

@@ -22,7 +22,7 @@ from gru.corpus.dataset import open_dataset
 from gru.corpus.prepare import prepare
 from gru.errors import UserError
 from tests.gru.corpus.reading import write
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[3]
 BYTES = TokenizerConfig(kind="byte")
@@ -127,7 +127,7 @@ class Job:
             assert self.process is not None and self.process.poll() is None, self.stderr
             return line in self.stderr
 
-        wait_for(f"{line!r} in {self.stderr}", said, every=0.002)
+        wait_until(f"{line!r} in {self.stderr}", said, every=0.002)
 
     def kill(self) -> None:
         """The driver alone."""

@@ -31,7 +31,7 @@ from gru.registry.bundle import Bundle, load_bundle, write_bundle
 from gru.registry.versions import CHAMPION
 from gru.serving import deployment
 from tests.gru.registry.bundles import LINEAGE
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.faults
 MODEL = ModelConfig(embedding=16, hidden=16)
@@ -168,7 +168,7 @@ def test_an_alias_that_moves_20_times_under_load_fails_nobody(endpoint: Endpoint
             endpoint.set_champion(1 + move % 3)
             time.sleep(0.4)
         endpoint.set_champion(1)
-        wait_for("version 1", lambda: answers(endpoint))
+        wait_until("version 1", lambda: answers(endpoint))
     assert not load.failures
     assert load.texts == {str(version): {endpoint.expected(version)} for version in (1, 2, 3)}
 
@@ -176,13 +176,13 @@ def test_an_alias_that_moves_20_times_under_load_fails_nobody(endpoint: Endpoint
 @pytest.mark.parametrize("victim", ["ServeReplica:gru:Generator", "ProxyActor"])
 def test_a_killed_process_is_replaced_under_load(endpoint: Endpoint, victim: str) -> None:
     with Load(endpoint) as load:
-        wait_for("load", lambda: load.answers > 20)
+        wait_until("load", lambda: load.answers > 20)
         [killed] = processes(victim)
         os.kill(killed.pid, signal.SIGKILL)
-        wait_for("a new process", lambda: any(process.pid != killed.pid for process in processes(victim)))
-        wait_for("answers", lambda: answers(endpoint))
+        wait_until("a new process", lambda: any(process.pid != killed.pid for process in processes(victim)))
+        wait_until("answers", lambda: answers(endpoint))
         before = load.answers
-        wait_for("load", lambda: load.answers > before + 20)
+        wait_until("load", lambda: load.answers > before + 20)
     assert load.texts == {"1": {endpoint.expected(1)}}
 
 
@@ -197,14 +197,14 @@ def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -
     assert text == endpoint.expected(1, tokens=tokens)
     replacing.join(120)
     assert not replacing.is_alive()
-    wait_for("answers", lambda: answers(endpoint))
+    wait_until("answers", lambda: answers(endpoint))
 
 
 def test_replicas_scale_with_tokens_in_flight_and_sessions_stick_to_their_replica(endpoint: Endpoint) -> None:
     """This test is the last one, since it leaves another deployment behind."""
     changed = endpoint.config.model_copy(update={"max_replicas": 2, "tokens_per_replica": 2000})
     deployment.deploy(changed, ServeResources(), "poet", endpoint.tracking)
-    wait_for("answers", lambda: answers(endpoint))
+    wait_until("answers", lambda: answers(endpoint))
 
     def replicas() -> int:
         states = serve.status().applications[deployment.APP].deployments["Generator"].replica_states
@@ -221,7 +221,7 @@ def test_replicas_scale_with_tokens_in_flight_and_sessions_stick_to_their_replic
             endpoint.complete(max_tokens=4000, n=4)
         return replicas() == 2
 
-    wait_for("a second replica", busy, 120)
+    wait_until("a second replica", busy, 120)
 
     def is_sticky(name: str) -> bool:
         """Return whether three requests of a session each resume from the one before."""
@@ -230,4 +230,4 @@ def test_replicas_scale_with_tokens_in_flight_and_sessions_stick_to_their_replic
         return [turn["resumed_tokens"] for turn in turns] == [0, 35, 70]
 
     # With random routing all eight sessions would pass once in 65,000 times.
-    wait_for("the proxy to know both", lambda: all(is_sticky(str(uuid.uuid4())) for _ in range(8)), 30)
+    wait_until("the proxy to know both", lambda: all(is_sticky(str(uuid.uuid4())) for _ in range(8)), 30)

@@ -28,7 +28,7 @@ from gru.corpus.dataset import Dataset
 from gru.digests import DIGESTS
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 MODEL = {"embedding": 48, "hidden": 96, "layers": 2, "dropout": 0.1, "precision": "fp32"}
 TRAIN = {
@@ -143,14 +143,14 @@ class Training:
             self._assert_running()
             return self.newest_step() if self.newest_step() >= step else 0
 
-        return wait_for(f"step {step}", reached, seconds)
+        return wait_until(f"step {step}", reached, seconds)
 
     def wait_for_line(self, part: str, seconds: float = 120) -> None:
         def shown() -> bool:
             self._assert_running()
             return part in self.stderr
 
-        wait_for(f"{part!r} in {self.stderr[-500:]!r}", shown, seconds)
+        wait_until(f"{part!r} in {self.stderr[-500:]!r}", shown, seconds)
 
     def _assert_running(self) -> None:
         assert self.process is not None
@@ -179,7 +179,7 @@ class Training:
             self._assert_running()
             return self.workers() if len(self.workers()) == number else []
 
-        return wait_for(f"{number} workers", up, seconds)
+        return wait_until(f"{number} workers", up, seconds)
 
     def node_with_a_worker(self) -> ClusterNode:
         """Return a node with a worker, other than that of the driver and its controller."""

@@ -25,7 +25,7 @@ from gru.digests import DIGESTS
 from gru.training import checkpoint as checkpoints
 from jobs import entry
 from tests.gru.training.runs import TRAIN, Site, Training, assert_same, cluster_of, undisturbed
-from tests.waiting import wait_for
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.faults
 
@@ -127,7 +127,7 @@ def test_killed_while_a_checkpoint_is_written(start: Callable[..., Training], ex
         return [p for p in run.directory.glob("step-*") if p.is_dir() and not (p / DIGESTS).exists()]
 
     for _ in range(3):  # it may become complete before the kill arrives
-        wait_for("a partial checkpoint", half_written, every=0)
+        wait_until("a partial checkpoint", half_written, every=0)
         kill_all(run.workers())
         if half_written():
             break
@@ -150,7 +150,7 @@ def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[...,
         complete = {path.rsplit("/", 1)[0] for path in paths if path.endswith(f"/{DIGESTS}")}
         return bool(complete) and bool(steps - complete)
 
-    wait_for("a partial checkpoint", half_uploaded, every=0)
+    wait_until("a partial checkpoint", half_uploaded, every=0)
     kill_all(run.workers())
     run.finish()
     assert "failure 1 of at most 3" in run.stderr

@@ -1,0 +1,80 @@
+"""The commands that execute workflows: run, schedule and sweep."""
+
+import argparse
+import json
+import signal
+import time
+from datetime import datetime
+
+from gru.config import PipelineConfig
+from gru.errors import UserError, find_user_error
+from jobs import entry
+from jobs.results import RunResult
+from jobs.stages import STAGES
+from pipelines import summary
+from pipelines.runtime import Runtime, opened
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = entry.load_config(arguments.config, arguments.set)
+    with opened(arguments, config, serves=True) as runtime:
+        result = _execute(config, runtime)
+        runtime.console.print(summary.of_run(config, result), highlight=False, soft_wrap=True, markup=False)
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+        if not arguments.exit:
+            runtime.console.print("\nServing. Ctrl-C stops everything.", highlight=False)
+            signal.pause()
+
+
+def schedule(arguments: argparse.Namespace) -> None:
+    from croniter import croniter
+
+    config = entry.load_config(arguments.config, arguments.set)
+    if not croniter.is_valid(arguments.cron):
+        raise UserError(f'--cron "{arguments.cron}": expected minute, hour, day, month and weekday, as in "0 3 * * *"')
+    with opened(arguments, config, serves=True) as runtime:
+        while True:
+            due = croniter(arguments.cron, datetime.now().astimezone()).get_next(datetime)
+            runtime.console.print(f"next run: {due:%Y-%m-%d %H:%M:%S}", highlight=False)
+            time.sleep(max(0, due.timestamp() - time.time()))
+            try:
+                print(json.dumps(_execute(config, runtime), ensure_ascii=False), flush=True)
+            except Exception as failure:  # the next run may succeed
+                if find_user_error(failure) is None and not isinstance(failure, RuntimeError):
+                    raise
+                runtime.console.print(f"error: {find_user_error(failure) or failure}", highlight=False, markup=False)
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    from gru.registry import tracking
+    from pipelines import records
+    from pipelines import sweep as sweeps
+    from pipelines.context import WorkflowContext
+    from pipelines.display import Display
+
+    config = entry.load_config(arguments.config, arguments.set)
+    trials = sweeps.variants(config, arguments.over, arguments.trial)
+    with opened(arguments, config, serves=False) as runtime:
+        rows = tuple(f"{sweeps.label(changes)} {stage}" for changes in trials for stage in records.TRIAL_STAGES)
+        with Display(runtime.console, rows) as display:
+            context = WorkflowContext(runtime.jobs, runtime.logs, display.watch)
+            result = sweeps.execute(config, trials, arguments.at_once, context, runtime.database)
+        result["tracking"] = tracking.find_run(result["tracking"]).url
+        [best] = [changes for changes in trials if sweeps.label(changes) == result["best"]]
+        ranking = summary.of_sweep(arguments.config, result, best)
+        runtime.console.print(ranking, highlight=False, soft_wrap=True, markup=False)
+        print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def _execute(config: PipelineConfig, runtime: Runtime) -> RunResult:
+    """Execute the workflow of the config and show its progress. Return its result, with the MLflow run's URL."""
+    from gru.registry import tracking
+    from pipelines import workflow
+    from pipelines.context import WorkflowContext
+    from pipelines.display import Display
+
+    with Display(runtime.console, STAGES) as display:
+        context = WorkflowContext(runtime.jobs, runtime.logs, display.watch)
+        result = workflow.execute(config, context, runtime.database)
+    result["tracking"] = tracking.find_run(result["tracking"]).url
+    return result

@@ -1,0 +1,57 @@
+"""The `gru` command: its help, its arguments, and the commands that need no service."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gru.config import PipelineConfig
+from pipelines import cli
+
+GRU = [sys.executable, "-c", "from pipelines.cli import main; main()"]
+ROOT = Path(__file__).parents[2]
+COMMANDS = ["run", "schedule", "sweep", "cancel", "down", "status", "lineage", "schema", "generate", "rollback", "key"]
+
+
+def gru(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([*GRU, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_help_lists_every_command_with_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line.split()[:2] for line in lines if line.startswith("    ") and line[4] != " "]
+    assert [words[0] for words in starts] == COMMANDS
+    assert all(len(words) == 2 for words in starts)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_argument_of_a_command_has_help(command: str) -> None:
+    [subparsers] = [each for each in cli.build_parser()._actions if each.choices]
+    assert subparsers.choices is not None
+    actions = dict(subparsers.choices)[command]._actions  # type: ignore[call-overload]
+    assert [action.dest for action in actions if not action.help] == []
+
+
+def test_schema_prints_the_json_schema_of_the_configuration() -> None:
+    done = gru("schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == PipelineConfig.model_json_schema()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep", "C", "--at-once=0"], "argument --at-once: '0' must be an integer >= 1"),
+        (["run", "C", "--ray-port=65536"], "argument --ray-port: '65536' must be a port number, 1 to 65535"),
+        (["run", "C", "--mlflow-port=http"], "argument --mlflow-port: 'http' must be a port number, 1 to 65535"),
+    ],
+)
+def test_a_wrong_argument_is_reported(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.build_parser().parse_args(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)

@@ -1,0 +1,190 @@
+"""Commands beside a pipeline that is up: status, cancel, sweep, schedule and lineage; and how it stops.
+
+These tests follow those of test_pipeline_endpoint.py, and the last one stops the pipeline.
+"""
+
+import contextlib
+import json
+import signal
+import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import openai
+import psutil
+
+from gru.corpus.dataset import open_dataset
+from tests.pipelines.pipeline import GRU, Pipeline
+from tests.waiting import wait_until
+
+
+def test_status_shows_the_stages_of_each_workflow(pipeline: Pipeline) -> None:
+    workflow, *_ = pipeline.status()
+    assert workflow["state"] == "done"
+    assert [stage["name"] for stage in workflow["stages"]] == ["prepare", "train", "evaluate", "promote", "serve"]
+    assert {stage["state"] for stage in workflow["stages"]} == {"done"}
+    assert sum(stage["seconds"] for stage in workflow["stages"]) <= workflow["seconds"]
+    assert all(Path(stage["log"]).exists() for stage in workflow["stages"][:4])
+    shown = subprocess.run([*GRU, "status", str(pipeline.storage)], capture_output=True, text=True, check=True).stdout
+    assert workflow["id"] in shown and str(pipeline.storage / "logs") in shown
+    missing = subprocess.run([*GRU, "status", str(pipeline.directory)], capture_output=True, text=True)
+    assert missing.returncode == 2
+    assert missing.stderr == f"error: {pipeline.directory}: no workflow has run with this storage\n"
+
+
+def test_of_two_processes_one_executes_the_workflow_and_cancel_stops_all_of_it(pipeline: Pipeline) -> None:
+    changes = ["--set", "train.steps=100000"]
+    command = [*pipeline.command, *changes, "--exit"]
+    killed = subprocess.Popen(command, cwd=pipeline.directory, stderr=subprocess.DEVNULL)
+    wait_until("the job", lambda: pipeline.job_processes("train"))
+    follower_stderr = pipeline.directory / "follower.txt"
+    with follower_stderr.open("w") as err:
+        running = subprocess.Popen(command, cwd=pipeline.directory, stderr=err)
+    wait_until("the second process to follow", lambda: "train     running" in follower_stderr.read_text())
+    assert "in another process" in follower_stderr.read_text()
+    killed.kill()
+    killed.wait()
+    wait_until("the second process to take over", lambda: " step " in follower_stderr.read_text())
+    [*_, workflow] = pipeline.status()
+    assert workflow["state"] == "running"
+    cancel = [*GRU, "cancel", pipeline.config, *changes]
+    done = subprocess.run(cancel, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == f"cancelled {workflow['id']}\n", done.stderr
+    assert running.wait(timeout=60) == 1
+    assert follower_stderr.read_text().splitlines()[-1].startswith("error: cancelled")
+    assert not pipeline.job_processes("train")
+    assert pipeline.status()[-1]["state"] == "cancelled"
+    runs = mlflow.MlflowClient(pipeline.tracking).search_runs(
+        [mlflow.MlflowClient(pipeline.tracking).get_experiment_by_name("fables").experiment_id]  # type: ignore[union-attr]
+    )
+    assert not [run for run in runs if run.info.status == "RUNNING"]
+    again = subprocess.run(cancel, capture_output=True, text=True)
+    assert (again.returncode, again.stderr) == (2, "error: no unfinished workflow of this config\n")
+
+
+def test_a_killed_sweep_resumes_and_finds_the_best_trial(pipeline: Pipeline) -> None:
+    variants = ["--over", "train.steps=[20]", "--trial", "train.steps=200"]
+    command = [*GRU, "sweep", pipeline.config, *variants, "--at-once=2", *pipeline.ports]
+    killed = subprocess.Popen(command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    wait_until("both jobs", lambda: len(pipeline.job_processes("train")) == 2)
+    killed.kill()
+    killed.wait()
+    done = subprocess.run(command, cwd=pipeline.directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["best"] == "train.steps=200"
+    assert set(result["trials"]) == {"train.steps=20", "train.steps=200"}
+    assert result["bits_per_byte"] == result["trials"]["train.steps=200"]["bits_per_byte"]
+    assert "run best   gru run" in done.stderr and "--set train.steps=200" in done.stderr
+    attempts = {stage["attempts"] for trial in pipeline.status()[-2:] for stage in trial["stages"][1:]}
+    assert attempts == {1}, "each job ran once"
+    client = mlflow.MlflowClient(pipeline.tracking)
+    parent = client.get_run(result["tracking"].rsplit("/", 1)[1])
+    below = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    trials = client.search_runs([parent.info.experiment_id], below)
+    assert {run.info.run_name for run in trials} == set(result["trials"])
+    assert {run.info.status for run in [parent, *trials]} == {"FINISHED"}
+
+
+def test_a_schedule_repeats_what_run_does(pipeline: Pipeline) -> None:
+    command = [*GRU, "schedule", pipeline.config, "--cron", "* * * * * */5", *pipeline.ports]
+    with subprocess.Popen(
+        command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        results = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert [result["bits_per_byte"] for result in results] == [pipeline.result["bits_per_byte"]] * 2
+    with urllib.request.urlopen(f"{pipeline.endpoint}/ready") as response:
+        assert response.status == 200, "services that another process uses keep running"
+    wrong = subprocess.run([*command[:4], "soon"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.startswith('error: --cron "soon": expected minute, hour')
+
+
+def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None:
+    command = [*GRU, "lineage", "fables:1", "--verify", f"--storage={pipeline.storage}"]
+
+    def states() -> tuple[int, dict[str, str]]:
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+        return done.returncode, {link["name"]: link["state"] for link in json.loads(done.stdout)}
+
+    read = ("bundle", "checkpoint", "dataset", "tokenizer", "sources")
+    whole = {"version": "found", "run": "found", **dict.fromkeys(read, "verified")}
+    assert states() == (0, whole)
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert str(pipeline.corpus) in shown and "fables:1: version 1" in shown
+    [dataset] = pipeline.storage.glob("datasets/*")
+    shard = next(dataset.glob("train-*.parquet"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+    assert states() == (1, whole | {"dataset": "different"})
+    shard.write_bytes(data)
+    away = dataset.rename(pipeline.directory / "away")
+    assert states() == (0, whole | {"dataset": "absent", "sources": "absent"})
+    away.rename(dataset)
+    missing = subprocess.run([*GRU, "lineage", "fables@best", command[-1]], capture_output=True, text=True)
+    assert (missing.returncode, missing.stderr) == (2, "error: fables@best: no version of a model 'fables' is @best\n")
+
+
+def test_a_mistake_that_only_a_stage_can_find_is_reported_in_one_line(pipeline: Pipeline) -> None:
+    command = [*pipeline.command, "--set", "train.sequence_length=1000000", "--exit"]
+    done = subprocess.run(command, cwd=pipeline.directory, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the corpus has ")
+    assert "train.sequence_length = 1000000" in done.stderr
+    train = pipeline.status()[-1]["stages"][1]
+    assert (train["state"], train["problem"]) == ("failed", done.stderr.splitlines()[-1].removeprefix("error: "))
+    assert Path(train["log"]).exists()
+
+
+@contextlib.contextmanager
+def answers_in_progress(pipeline: Pipeline) -> Iterator[list[list[str]]]:
+    """Request four answers of eight texts, which take seconds. Yields a list that has the finish reasons at the end."""
+    client = openai.OpenAI(base_url=f"{pipeline.endpoint}/v1", api_key="none")
+    [manifest] = pipeline.storage.glob("datasets/*/manifest.json")
+    no_end_of_text = {str(open_dataset(str(manifest.parent)).manifest.end_of_text): -100}
+    request = {"model": "fables", "prompt": "A ", "max_tokens": 1000, "n": 8, "logit_bias": no_end_of_text}
+    streams = [client.completions.create(**request, stream=True) for _ in range(4)]
+    finished: list[list[str]] = []
+
+    def read(stream: openai.Stream[Any]) -> None:
+        reasons = [choice.finish_reason for chunk in stream for choice in chunk.choices]
+        finished.append([reason for reason in reasons if reason])
+
+    readers = [threading.Thread(target=read, args=(stream,), daemon=True) for stream in streams]
+    for reader in readers:
+        reader.start()
+    yield finished
+    for reader in readers:
+        reader.join(10)
+        assert not reader.is_alive()
+
+
+def test_stopping_finishes_answers_and_all_processes_and_the_next_run_resumes(pipeline: Pipeline) -> None:
+    assert pipeline.process is not None
+    restored = subprocess.run([*pipeline.command, "--exit"], cwd=pipeline.directory, capture_output=True, text=True)
+    assert restored.returncode == 0, restored.stderr  # an earlier test may have replaced the endpoint
+    processes = pipeline.service_processes()
+    assert len(processes) > 5
+    with answers_in_progress(pipeline) as finished:
+        pipeline.process.send_signal(signal.SIGTERM)  # as Ctrl-C
+        assert pipeline.process.wait(60) == 130
+    assert "stopping when" in pipeline.stderr
+    assert finished == [["length"] * 8] * 4
+    alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not alive
+    done = subprocess.run([*pipeline.command, "--exit"], cwd=pipeline.directory, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for stage in ("prepare", "train", "evaluate", "promote"):
+        assert f"{stage:9} cached" in done.stderr
+    again = json.loads(done.stdout.splitlines()[-1])
+    assert {k: again[k] for k in ("version", "bits_per_byte", "sample")} == {
+        k: pipeline.result[k] for k in ("version", "bits_per_byte", "sample")
+    }
+    assert not list(pipeline.storage.glob("embedded/*.json")), "--exit stops the services too"
