@@ -44,7 +44,7 @@ def main() -> None:
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:
-        _leave(130)
+        entry.exit_now(130)  # threads that still follow a job must not hold the process
     except Exception as error:
         from pipelines.embedded import ServiceFailed
         from pipelines.ray_jobs import JobFailed
@@ -53,7 +53,7 @@ def main() -> None:
         if mistake is None and not isinstance(error, JobFailed | ServiceFailed):
             raise
         print(f"error: {mistake or error}", file=sys.stderr)
-        _leave(2 if mistake else 1)
+        entry.exit_now(2 if mistake else 1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -459,7 +459,7 @@ def _lineage(arguments: argparse.Namespace) -> None:
     else:
         print(lineage.report(arguments.model, links))
     if any(link.state == "different" for link in links):
-        _leave(1)
+        entry.exit_now(1)
 
 
 def _rollback(arguments: argparse.Namespace) -> None:
@@ -473,10 +473,3 @@ def _rollback(arguments: argparse.Namespace) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _leave(status: int) -> None:
-    """End now: threads that still follow a job that is gone must not hold the process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -336,7 +336,7 @@ def test_preparing_goes_on_where_it_was_stopped(corpus: CorpusConfig, dataset: D
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, BYTES, str(directory), stop_at_three)
     assert not (directory / "manifest.json").exists()
-    with pytest.raises(UserError, match=r"no dataset here"):
+    with pytest.raises(UserError, match=r"not a dataset"):
         open_dataset(str(directory))
     markers = sorted((directory / "parts").glob("draft-*.json"))
     assert len(markers) >= 3
