@@ -31,9 +31,11 @@ from gru.corpus.dataset import (
     load_tokenizer,
     open_dataset,
 )
-from gru.corpus.documents import Report, document_hash, documents, is_heldout, parse_template
+from gru.corpus.documents import document_hash, documents, is_heldout
+from gru.corpus.report import Report
 from gru.corpus.shards import PARTS, PartitionResult, ShardContext, SpanSource
 from gru.corpus.sources import Partition
+from gru.corpus.template import parse_template
 from gru.corpus.tokenizer import Tokenizer
 from gru.errors import UserError, find_user_error
 

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from gru import storage
 from gru.config import CorpusConfig
 from gru.corpus.dataset import Counts, ManifestRecord, Shard, Split, Tokens, decode, load_tokenizer
-from gru.corpus.documents import Report, documents, text_digest
+from gru.corpus.documents import documents, text_digest
 from gru.corpus.duplicates import Fingerprints, signature
+from gru.corpus.report import Report
 from gru.corpus.sources import Partition, Span
 from gru.corpus.tokenizer import Tokenizer
 

@@ -331,7 +331,7 @@ def _count_quotes(span: Span) -> int:
         return count
 
 
-def borders(file: IO[bytes], span: Span, separator: bytes = b"\n") -> tuple[int, int]:
+def document_bounds(file: IO[bytes], span: Span, separator: bytes = b"\n") -> tuple[int, int]:
     """Where the span really starts and ends in the file: behind the first separator that ends after its own ends.
 
     The two ends of the file stay. In CSV a separator in quotes is none; in Parquet the span's row groups are those

@@ -25,7 +25,8 @@ import torch
 
 from gru.config import CorpusConfig, ModelConfig, ServeConfig, ServeResources, TokenizerConfig
 from gru.corpus import sources, tokenizer
-from gru.corpus.documents import Report, documents
+from gru.corpus.documents import documents
+from gru.corpus.report import Report
 from gru.generation.engine import Engine, Finish, Request
 from gru.generation.sampling import SamplingParams
 from gru.model.inference import inference_model

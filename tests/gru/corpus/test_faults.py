@@ -302,7 +302,7 @@ def test_a_file_that_changes_between_two_tries_is_read_again(tmp_path: Path) -> 
             changed.append(1)
 
     changed: list[int] = []
-    with pytest.raises(UserError, match=r"a.jsonl: changed while it was read; run the same again") as caught:
+    with pytest.raises(UserError, match=r"a.jsonl: changed while it was read; run the same command again") as caught:
         prepare(corpus, BYTES, str(tmp_path / "d"), change)
     assert "\n" not in str(caught.value)
     again = prepare(corpus, BYTES, str(tmp_path / "d"), silent)

@@ -14,7 +14,8 @@ import pytest
 
 from gru.config import CorpusConfig
 from gru.corpus import sources
-from gru.corpus.documents import Report, documents, is_heldout
+from gru.corpus.documents import documents, is_heldout
+from gru.corpus.report import Report
 from gru.errors import UserError
 from tests.gru.corpus.reading import read, spans, texts, write
 
