@@ -281,7 +281,7 @@ def test_a_full_disk_is_said_in_one_line_and_what_was_finished_stays(tmp_path: P
     corpus = CorpusConfig(sources=[str(tmp_path / "c")], partition_bytes=250_000, segment_tokens=5000)
     prepare(corpus, BPE, str(tmp_path / "undisturbed"), silent)
     [said] = run(corpus, tmp_path / "d", 2, limit=100_000).splitlines()
-    assert said.startswith("storage: cannot write shards: File too large; what is finished stays: make room and run")
+    assert said.startswith("storage: cannot write shards: File too large; finished work is kept: free some")
     assert said.endswith("(and 7 more partitions failed)")
     assert len(list((tmp_path / "d" / "parts").glob("draft-*.json"))) == 8
     assert not list((tmp_path / "d").rglob("*.tmp"))
