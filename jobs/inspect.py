@@ -112,7 +112,7 @@ def _report(dataset: Dataset, facts: dict[str, Any]) -> str:
     for (limit, count), below in zip(lengths.items(), accumulate(lengths.values()), strict=True):
         bar = "█" * round(40 * count / max(lengths.values()))
         lines.append(f"{'up to ' + format(int(limit[2:]), ','):>18} {count:>13,} {below / total:>7.1%}  {bar}".rstrip())
-    lines += ["", "left out" if facts["dropped"] else "left out: nothing"]
+    lines += ["", "documents left out" if facts["dropped"] else "documents left out: none"]
     lines += [f"{reason:>18} {count:>13,}" for reason, count in facts["dropped"].items()]
     if facts["replaced"]:
         lines += ["", f"{facts['replaced']:,} documents have U+FFFD in place of invalid bytes"]

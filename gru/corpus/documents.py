@@ -14,10 +14,11 @@ from typing import IO
 import pyarrow as pa
 
 from gru.config import CorpusConfig
+from gru.corpus.boundaries import document_bounds
 from gru.corpus.formats import Data, read_csv, read_json_lines, read_parquet, read_text
 from gru.corpus.json_array import read_json_array
 from gru.corpus.report import ProblemLog, Report
-from gru.corpus.sources import Span, document_bounds
+from gru.corpus.sources import Span
 from gru.corpus.template import Template, fill_template, parse_template
 from gru.corpus.unpacking import BLOCK, DAMAGE, HashingFile, error_reason, is_damage, unpack
 from gru.errors import UserError

@@ -111,7 +111,7 @@ def test_csv_gives_the_same_records_for_every_partition_size(
     assert read(write(tmp_path / "head.csv", b"text\n"))[0] == []
 
 
-def test_what_is_wrong_in_csv_is_counted_by_record(tmp_path: Path) -> None:
+def test_problems_in_csv_are_counted_by_record(tmp_path: Path) -> None:
     data = b'text,n\nok,1\nshort\n\n"long",2,3\nx"y"z,5\n"a"b,6\nfine,4\n"never, closed\nand so\non'
     path = write(tmp_path / "a.csv", data)
     for size in (1000, 20, 7):

@@ -29,7 +29,7 @@ def test_compressed_files_of_several_frames_are_read_whole(tmp_path: Path, suffi
 
 @pytest.mark.parametrize("suffix", PACKERS)
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
-def test_of_a_truncated_file_stays_what_could_be_read(tmp_path: Path, suffix: str, kind: str) -> None:
+def test_the_readable_part_of_a_truncated_file_is_kept(tmp_path: Path, suffix: str, kind: str) -> None:
     rng = random.Random(0)
     expected = [f"{i} {rng.getrandbits(800):x}" for i in range(9000)]
     if kind == "jsonl":
