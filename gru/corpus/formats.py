@@ -6,7 +6,8 @@ A reader gets the bytes of a span and yields its texts or records; what it canno
 import csv
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Any
 
 import orjson
@@ -27,13 +28,13 @@ def read_text(file: Data, start: int, separator: bytes, problems: ProblemLog) ->
 
     start: the byte of the (unpacked) file at which the data starts.
     """
-    decode = problems.decode
+    decode: Callable[[bytes, int], str | None] = problems.decode
     if separator:
         pieces = _split(file, separator)
     else:
         pieces = _chunks(file, problems)
         if not problems.span.whole or problems.span.file.compression:
-            decode = lambda data, start: _decode_lines(data, start, problems)  # noqa: E731
+            decode = partial(_decode_lines, problems=problems)
     for data in pieces:
         if (text := decode(data, start)) is not None:
             yield text

@@ -219,8 +219,8 @@ def _sample(corpus: CorpusConfig, sample_bytes: int, partitions: list[Partition]
 
     Of a file that cannot be cut only a share of the documents is sampled, so that no single file is the whole sample.
     """
-    size = min(_SAMPLE_SPAN_BYTES, corpus.partition_bytes)
-    spans = [piece for partition in partitions for span in partition for piece in sources.cut_finer(span, size)]
+    span_bytes = min(_SAMPLE_SPAN_BYTES, corpus.partition_bytes)
+    spans = [piece for partition in partitions for span in partition for piece in sources.cut_finer(span, span_bytes)]
     sizes = [span.size * (1 if span.file.divisible else _EXPANSION) for span in spans]
     total, taken = sum(sizes), 0.0
     for index in sorted(range(len(spans)), key=lambda index: document_hash(str(index).encode())):
