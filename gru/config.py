@@ -1,7 +1,7 @@
-"""The one TOML file: a record for each section, `PipelineConfig` over them.
+"""The configuration: a record for each section of the TOML file, and `PipelineConfig` for the whole file.
 
-Each part of the library takes its own section and sees no other. The descriptions here are the
-documentation: `gru run --help` prints them.
+Each part of the library takes its own section and sees no other. The descriptions here are the documentation:
+`gru run --help` and the JSON Schema for editors show them.
 """
 
 import hashlib
@@ -26,25 +26,29 @@ Cell = Literal["gru", "lstm", "rnn", "mingru"]
 
 def _check_label(text: str) -> str:
     if not re.fullmatch(rf"([A-Za-z0-9.-]+/)?{_LABEL}", text):
-        raise ValueError("expected the name of a label, as in pool or ray.io/market-type")
+        raise ValueError("must be the name of a label, as in pool or ray.io/market-type")
     return text
 
 
 def _check_selector(text: str) -> str:
     if not re.fullmatch(rf"!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))", text):
-        raise ValueError("expected a label's value, as in gpu, !gpu, in(a, b) or !in(a, b)")
+        raise ValueError("must be a label's value, as in gpu, !gpu, in(a, b) or !in(a, b)")
     return text
 
 
-_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"  # as Kubernetes has it, and Ray
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"  # the syntax of Kubernetes and Ray
 Labels = dict[Annotated[str, AfterValidator(_check_label)], Annotated[str, AfterValidator(_check_selector)]]
 
 
 class Section(BaseModel):
+    """The base of all sections: immutable, strict about types, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class CorpusConfig(Section):
+    """The text: where it is, how it is read, cleaned, deduplicated and held out."""
+
     sources: list[str] = Field(
         min_length=1,
         description="Files, directories, globs or URLs (https://, s3://) to read; `python-stdlib` is the Python source "
@@ -52,63 +56,88 @@ class CorpusConfig(Section):
     )
     include: list[str] = Field(
         [],
-        description="What to read of a directory, as in .gitignore (`*.c`, `src/**/*.py`), whatever its extension.",
+        description="Patterns of the files to read in a directory, as in .gitignore (`*.c`, `src/**/*.py`), whatever "
+        "their extension.",
     )
-    exclude: list[str] = Field([], description="What to leave out of a directory or glob, as in .gitignore (`tests/`).")
+    exclude: list[str] = Field(
+        [], description="Patterns of the files to leave out of a directory or glob, as in .gitignore (`tests/`)."
+    )
     format: Literal["auto", "text", "jsonl", "json", "csv", "parquet"] = Field(
         "auto",
-        description="How to read the sources; `auto` goes by extension (.txt, .jsonl, .json, .csv, .tsv, .parquet; "
-        "with .gz, .zst, .bz2 or .xz behind it).",
+        description="Format of the sources; `auto` decides by extension (.txt, .jsonl, .json, .csv, .tsv, .parquet; "
+        "with .gz, .zst, .bz2 or .xz behind it if compressed).",
     )
     separator: str | None = Field(
-        None, min_length=1, description="What stands between the documents of a text file; none: the file is one."
+        None,
+        min_length=1,
+        description="Text between two documents of a text file. Absent: the file is one document.",
     )
     template: str = Field(
         "{text}",
         min_length=1,
-        description="How a record of JSON, CSV or Parquet becomes text; names its fields.",
+        description="Text to make from a record of JSON, CSV or Parquet, with the names of its fields in braces.",
     )
     on_bad: Literal["drop", "replace", "fail"] = Field(
         "drop",
-        description="What to do with a document that is not valid UTF-8: leave it out, put U+FFFD in place of the "
-        "bytes, or stop. Broken records and files are left out unless it is `fail`. All is counted.",
+        description="Treatment of a document that is not valid UTF-8: leave it out (`drop`), put U+FFFD in place of "
+        "the invalid bytes (`replace`), or stop (`fail`). Broken records and files are left out, or stop the job with "
+        "`fail`. Everything left out is counted.",
     )
-    normalization: Literal["none", "NFC", "NFKC"] = Field("none", description="Unicode normalization of documents.")
-    min_characters: Annotated[int, Field(ge=1)] = Field(1, description="Shorter documents are left out.")
-    max_characters: PositiveInt | None = Field(None, description="Longer documents are left out.")
+    normalization: Literal["none", "NFC", "NFKC"] = Field(
+        "none", description="Unicode normalization form of the documents."
+    )
+    min_characters: Annotated[int, Field(ge=1)] = Field(
+        1, description="Length of the shortest document to keep; shorter ones are left out."
+    )
+    max_characters: PositiveInt | None = Field(
+        None, description="Length of the longest document to keep; longer ones are left out. Absent: no limit."
+    )
     deduplicate: Literal["none", "exact", "near"] = Field(
         "exact",
-        description="Of equal documents in the whole corpus keep the first; `near`: of similar ones as well, for which "
-        "one process keeps 3 KB in memory for each document.",
+        description="Keep only the first of several equal documents in the whole corpus (`exact`), or of several equal "
+        "or similar ones (`near`, for which one process needs 3 KB of memory per document).",
     )
     near_similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.8, description="Jaccard similarity of the 5-character shingles from which documents are `near` duplicates."
+        0.8, description="Least Jaccard similarity of the 5-character shingles of two documents that are `near`."
     )
     heldout: Literal["hash", "tail"] = Field(
         "hash",
-        description="Which text is held out: documents chosen by a hash of their content, or the corpus' end.",
+        description="Text that is held out from training: documents chosen by a hash of their content (`hash`), or the "
+        "end of the corpus (`tail`).",
     )
-    heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.01, description="Share of the corpus held out.")
+    heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="Share of the corpus that is held out."
+    )
     partition_bytes: PositiveInt = Field(
         32 << 20,
-        description="Bytes of input in one unit of work; larger files are cut, but for compressed ones and .json.",
+        description="Bytes of input in one partition, the unit of work; larger files are cut, except compressed ones "
+        "and .json.",
     )
-    segment_tokens: PositiveInt = Field(65_536, description="Tokens in one Parquet row group, or a little more.")
+    segment_tokens: PositiveInt = Field(
+        65_536, description="Number of tokens in a segment, a Parquet row group, or slightly more."
+    )
 
 
 class TokenizerConfig(Section):
+    """The tokenizer: trained on the corpus, or loaded from a file."""
+
     kind: Literal["bpe", "char", "byte"] = Field(
         "bpe",
-        description="`bpe` (byte-level), `char` (characters, with bytes for those never seen) or `byte`.",
+        description="Kind of tokenizer: `bpe` (byte-level), `char` (characters, with bytes for those outside the "
+        "vocabulary) or `byte`.",
     )
-    path: str | None = Field(None, description="An existing tokenizer.json to use instead of making one.")
-    vocab_size: Annotated[int, Field(ge=257)] = Field(4096, description="Largest vocabulary of `bpe` and `char`.")
+    path: str | None = Field(None, description="Path of an existing tokenizer.json to use instead of training one.")
+    vocab_size: Annotated[int, Field(ge=257)] = Field(
+        4096, description="Largest number of tokens in the vocabulary of `bpe` and `char`."
+    )
     sample_bytes: PositiveInt = Field(
-        50_000_000, description="Text that the tokenizer is made from, sampled from all over the corpus."
+        50_000_000, description="Bytes of text that the tokenizer is trained on, sampled from the whole corpus."
     )
 
 
 class ModelConfig(Section):
+    """The architecture of the language model."""
+
     embedding: PositiveInt = Field(384, description="Width of the token embedding, shared with the output layer.")
     hidden: PositiveInt = Field(
         384, description="Width of the hidden state of each recurrent layer; multiples of 32 are fastest on CPUs."
@@ -116,17 +145,22 @@ class ModelConfig(Section):
     layers: PositiveInt = Field(1, description="Number of residual recurrent blocks.")
     cell: Cell = Field(
         "gru",
-        description="What a block recurs with: `gru`, `lstm`, `rnn` (tanh), or `mingru`, whose gates read no state.",
+        description="Recurrent cell of each block: `gru`, `lstm`, `rnn` (tanh), or `mingru`, whose gates do not read "
+        "the hidden state.",
     )
-    dropout: Share = Field(0.0, description="Share of each block's input and of the output dropped in training.")
+    dropout: Share = Field(
+        0.0, description="Share of the inputs of each block and of the output layer that training drops."
+    )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="What training rounds the factors of matrix products to; `auto` is bf16 where that is faster.",
+        description="Type to which training rounds the factors of matrix products; `auto`: bf16 where it is faster.",
     )
 
 
 class TrainConfig(Section):
-    # Where and how training runs: another choice leaves what is trained the same, up to rounding.
+    """Training: optimizer, batches, workers and checkpoints."""
+
+    # The keys for where and how training runs, which change the trained weights by rounding at most.
     PLACEMENT: ClassVar = (
         "workers",
         "min_workers",
@@ -138,56 +172,68 @@ class TrainConfig(Section):
         "stall_seconds",
     )
 
-    steps: PositiveInt = Field(1000, description="Optimizer steps in all.")
-    batch_size: PositiveInt = Field(32, description="Parallel streams of text: the global batch, whatever the workers.")
+    steps: PositiveInt = Field(1000, description="Number of optimizer steps.")
+    batch_size: PositiveInt = Field(
+        32, description="Number of lanes: the streams of text that all workers together read in parallel."
+    )
     sequence_length: PositiveInt = Field(
-        64, description="Tokens that a lane reads in one step: the reach of backpropagation."
+        64, description="Tokens that each lane reads per step: the length of truncated backpropagation through time."
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(4e-3, description="Peak learning rate of AdamW.")
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="Learning rate at the end of the cosine, as a share of the peak."
+        0.05, description="Learning rate at the end of the cosine schedule, as a share of the peak."
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="Steps of linear warm-up.")
-    beta2: Annotated[float, Field(gt=0, lt=1)] = Field(0.99, description="AdamW's second-moment decay.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's weight decay, on matrices only.")
-    clip: Annotated[float, Field(gt=0)] = Field(1.0, description="Largest norm of the gradient.")
-    ema_decay: Share = Field(0.995, description="Decay of the moving average of the weights, which is what is served.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of weights, order of text and dropout.")
-    workers: PositiveInt = Field(1, description="Processes that train together (DDP); it must not exceed `batch_size`.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="Number of steps of linear warm-up.")
+    beta2: Annotated[float, Field(gt=0, lt=1)] = Field(0.99, description="Decay of AdamW's second moment.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="Weight decay of AdamW, on matrices only.")
+    clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Largest norm of the gradient; a larger gradient is scaled down to it."
+    )
+    ema_decay: Share = Field(
+        0.995, description="Decay of the moving average of the weights; this average is evaluated and served."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="Random seed of the initial weights, the order of the text and dropout."
+    )
+    workers: PositiveInt = Field(1, description="Number of training processes (DDP), at most `batch_size`.")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest workers to train with where the cluster has no room for all of `workers`: the run takes "
-        "as many as it can, and follows the cluster as it grows and shrinks. Absent: all or none.",
+        description="Fewest workers to train with if the cluster has no room for all `workers`: the run uses as many "
+        "as fit, and adapts while the cluster grows and shrinks. Absent: all `workers` or none.",
     )
     bitwise_elastic: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="Parts that the lanes are computed in, one after the other, with gradients summed in a fixed "
-        "order: up to this many workers give bit-identical weights on CPUs. 0: plain DDP, the same up to rounding.",
+        description="Number of parts in which the lanes are computed, one after the other, with gradients summed in a "
+        "fixed order: up to this many workers give bit-identical weights on CPUs. 0: plain DDP, where another number "
+        "of workers gives the same weights up to rounding.",
     )
     threads: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="CPU threads of each worker; 0 shares the machine's cores between the workers on it, or is one "
-        "with `bitwise_elastic`, since other threads may round otherwise.",
+        description="CPU threads of each worker. 0: the machine's cores are shared among its workers; with "
+        "`bitwise_elastic` it is 1 thread, because another number of threads may round differently.",
     )
     log_steps: PositiveInt = Field(10, description="Steps between two logged points.")
     heldout_steps: PositiveInt = Field(250, description="Steps between two measurements of the held-out loss.")
-    heldout_tokens: PositiveInt = Field(100_000, description="Most held-out tokens read by such a measurement.")
-    checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(30, description="Time between two checkpoints.")
-    checkpoint_steps: PositiveInt | None = Field(None, description="Steps between two checkpoints, instead of time.")
+    heldout_tokens: PositiveInt = Field(100_000, description="Most held-out tokens that one measurement reads.")
+    checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(30, description="Seconds between two checkpoints.")
+    checkpoint_steps: PositiveInt | None = Field(
+        None, description="Steps between two checkpoints. Absent: `checkpoint_seconds` decides."
+    )
     keep: PositiveInt = Field(
-        2, description="Newest checkpoints that are kept; the one with the lowest held-out loss always is."
+        2, description="Number of newest checkpoints to keep, besides the one with the lowest held-out loss."
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3,
-        description="Worker failures to recover from before giving up. A drained node is not one, and the count begins "
-        "anew with the group that takes over.",
+        description="Number of worker failures to recover from before giving up. A drained node does not count, and "
+        "the count restarts with the group of workers that takes over.",
     )
     stall_seconds: Annotated[float, Field(ge=5)] = Field(
-        45, description="A worker that finishes no step for this long counts as failed, and is started again."
+        45, description="Seconds without a finished step after which a worker counts as failed and is restarted."
     )
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
+        """Check the keys that depend on each other."""
         if self.workers > self.batch_size:
             raise ValueError(
                 f"workers = {self.workers} exceeds batch_size = {self.batch_size}: each worker needs a lane"
@@ -196,7 +242,8 @@ class TrainConfig(Section):
             raise ValueError(f"min_workers = {self.min_workers} exceeds workers = {self.workers}")
         if self.bitwise_elastic > self.batch_size:
             raise ValueError(
-                f"bitwise_elastic = {self.bitwise_elastic} exceeds batch_size = {self.batch_size}: no empty parts"
+                f"bitwise_elastic = {self.bitwise_elastic} exceeds batch_size = {self.batch_size}: each part needs a "
+                "lane"
             )
         if self.bitwise_elastic and self.workers > self.bitwise_elastic:
             raise ValueError(
@@ -206,95 +253,116 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    batch_size: PositiveInt = Field(16, description="Stretches of held-out text read side by side.")
-    heldout_bytes: PositiveInt = Field(4_000_000, description="Most held-out text that is scored.")
-    prompt: str = Field("\n", description="What the sampled texts begin with.")
-    sample_tokens: PositiveInt = Field(200, description="Tokens in each sampled text.")
+    """Evaluation: scores on held-out text, and sampled texts."""
+
+    batch_size: PositiveInt = Field(16, description="Number of streams of held-out text that are read in parallel.")
+    heldout_bytes: PositiveInt = Field(4_000_000, description="Most bytes of held-out text that are scored.")
+    prompt: str = Field("\n", description="Prompt of the sampled texts.")
+    sample_tokens: PositiveInt = Field(200, description="Number of tokens in each sampled text.")
     temperatures: list[Annotated[float, Field(ge=0)]] = Field(
-        [0.5, 0.8, 1.0], min_length=1, description="A text is sampled at each of these."
+        [0.5, 0.8, 1.0], min_length=1, description="Temperatures, at each of which one text is sampled."
     )
 
 
 class RegistryConfig(Section):
-    model: Name | None = Field(None, description="Name of the registered model; the pipeline's name where absent.")
-    experiment: Name | None = Field(None, description="MLflow experiment; the pipeline's name where absent.")
+    """Names in MLflow."""
+
+    model: Name | None = Field(None, description="Name of the registered model. Absent: the pipeline's name.")
+    experiment: Name | None = Field(None, description="Name of the MLflow experiment. Absent: the pipeline's name.")
 
 
 class CanaryConfig(Section):
-    alias: Name = Field("challenger", description="Which other version of the model takes a share of the requests.")
+    """A second version of the model that answers a share of the requests."""
+
+    alias: Name = Field("challenger", description="Alias of the version that answers a share of the requests.")
     share: Share = Field(
-        0.0, description="Share of the requests that it takes, those of a session always or never; 0: it is not loaded."
+        0.0,
+        description="Share of the requests that this version answers; all requests of a session go to the same "
+        "version. 0: it is not loaded.",
     )
 
 
 class ServeConfig(Section):
-    host: str = Field("127.0.0.1", description="Address that the endpoint binds to.")
+    """The HTTP endpoint."""
+
+    host: str = Field("127.0.0.1", description="Address that the endpoint listens on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port of the endpoint.")
-    replicas: PositiveInt = Field(1, description="Processes that serve; with `max_replicas` the fewest.")
+    replicas: PositiveInt = Field(1, description="Number of serving processes; with `max_replicas` the fewest.")
     max_replicas: PositiveInt | None = Field(
-        None, description="Most processes that serve, where their number follows the tokens in flight."
+        None,
+        description="Most serving processes; their number follows the tokens in flight. Absent: always `replicas`.",
     )
     tokens_per_replica: PositiveInt = Field(
-        20_000, description="Tokens in flight, asked for and not made yet, from which there is another replica."
+        20_000,
+        description="Tokens in flight (requested but not yet generated) per replica above which another one starts.",
     )
-    slots: Annotated[int, Field(ge=4)] = Field(32, description="Streams that one replica steps together.")
-    max_queue: PositiveInt = Field(256, description="Requests that wait for a slot before others are refused (429).")
+    slots: Annotated[int, Field(ge=4)] = Field(32, description="Number of streams that a replica steps together.")
+    max_queue: PositiveInt = Field(256, description="Most requests that wait for a slot; more are refused (429).")
     max_tokens_in_flight: PositiveInt = Field(
-        4_000_000, description="Tokens that the requests of a replica may come to before others are refused (429)."
+        4_000_000, description="Most tokens of all requests in a replica; further requests are refused (429)."
     )
     max_tokens: PositiveInt = Field(4096, description="Most tokens that one request may ask for.")
-    max_prompt_tokens: PositiveInt = Field(200_000, description="Most tokens of a prompt.")
+    max_prompt_tokens: PositiveInt = Field(200_000, description="Most tokens in a prompt.")
     max_body_bytes: PositiveInt = Field(
-        8 << 20, description="Largest body of a request; larger ones are refused (413)."
+        8 << 20, description="Most bytes in the body of a request; larger ones are refused (413)."
     )
     request_seconds: Annotated[float, Field(gt=0)] = Field(
-        600, description="Longest time that a request may take; then it ends with an error (503)."
+        600, description="Most seconds that a request may take; then it ends with an error (503)."
     )
     cache_bytes: Annotated[int, Field(ge=0)] = Field(
-        64 << 20, description="Memory of a replica for states of sessions and of beginnings of prompts."
+        64 << 20, description="Bytes of memory in each replica for the hidden states of sessions and the prefix cache."
     )
     keys: str | None = Field(
-        None, description="File of API keys, made by `gru key`, without one of which nothing is generated."
+        None,
+        description="Path of a file of API keys, made by `gru key`; each request needs one of them. Absent: none "
+        "is needed.",
     )
     chat_template: Annotated[str, Field(pattern=r"^[^{}]*(\{role\}[^{}]*)?\{content\}[^{}]*$")] = Field(
         "{role}:\n{content}\n\n",
-        description="How each message of a chat becomes text. The answer is written where the next `content` would be, "
-        "and ends with what comes after it.",
+        description="Text to make from each message of a chat. The answer is generated where the next `content` would "
+        "be, and ends at the text that follows it.",
     )
-    poll_seconds: Annotated[float, Field(gt=0)] = Field(5, description="Time between two looks at `@champion`.")
+    poll_seconds: Annotated[float, Field(gt=0)] = Field(5, description="Seconds between two looks at `@champion`.")
     canary: CanaryConfig = CanaryConfig()
 
     @model_validator(mode="after")
     def check(self) -> "ServeConfig":
+        """Check the keys that depend on each other."""
         if self.max_replicas and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas = {self.max_replicas} is below replicas = {self.replicas}")
         return self
 
 
 class Resources(Section):
-    """What of the cluster each process of a stage is given. What a stage makes is the same wherever it is made."""
+    """The resources of the cluster that each process of a stage gets. Results do not depend on them."""
 
-    cpus: Annotated[float, Field(ge=0)]
-    memory: PositiveInt | None = Field(None, description="Bytes of memory that Ray reserves for it. Absent: none.")
+    cpus: Annotated[float, Field(ge=0)] = Field(description="CPUs that Ray reserves for each process.")
+    memory: PositiveInt | None = Field(
+        None, description="Bytes of memory that Ray reserves for each process. Absent: none."
+    )
     labels: Labels = Field(
         {},
-        description='Labels of the nodes that it may be on: `{ pool = "gpu" }`, and for a value `!gpu`, `in(a, b)` or '
-        "`!in(a, b)`.",
+        description='Labels of the nodes that the processes may run on: `{ pool = "gpu" }`; a value may also be '
+        "`!gpu`, `in(a, b)` or `!in(a, b)`.",
     )
 
     def amounts(self) -> dict[str, float]:
-        """What is reserved, by Ray's names."""
+        """Return the reserved amounts by Ray's names."""
         return {"CPU": self.cpus, "memory": self.memory or 0}
 
 
 class PrepareResources(Resources):
+    """The resources of each task of prepare."""
+
     cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each task.")
 
 
 class TrainResources(Resources):
+    """The resources of each training worker."""
+
     cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each worker.")
     gpus: Annotated[int, Field(ge=0, le=1)] = Field(
-        0, description="GPUs of each worker: with one, it trains on that, and NCCL is used between workers."
+        0, description="GPUs of each worker: with 1 it trains on the GPU, and workers communicate through NCCL."
     )
 
     def amounts(self) -> dict[str, float]:
@@ -302,20 +370,28 @@ class TrainResources(Resources):
 
 
 class EvaluateResources(Resources):
+    """The resources of the evaluate job, and of the promote job, which scores the current champion."""
+
     cpus: Annotated[float, Field(ge=0)] = Field(
         0,
-        description="CPUs that Ray reserves for the job, and for that of `promote`, which scores the present champion. "
-        "Where nothing is reserved and no label is named, they are on the head.",
+        description="CPUs that Ray reserves for the evaluate job, and for the promote job. Without a reservation and "
+        "a label they run on the head node.",
     )
 
 
 class ServeResources(Resources):
+    """The resources of each serving replica."""
+
     cpus: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="CPUs that Ray reserves for each replica; what is left of a small machine is for other stages."
+        0.5,
+        description="CPUs that Ray reserves for each replica; fewer than 1 leaves room for other stages on a small "
+        "machine.",
     )
 
 
 class ResourcesConfig(Section):
+    """The resources that Ray reserves for each stage. Results do not depend on them."""
+
     prepare: PrepareResources = PrepareResources()
     train: TrainResources = TrainResources()
     evaluate: EvaluateResources = EvaluateResources()
@@ -323,8 +399,10 @@ class ResourcesConfig(Section):
 
 
 class PipelineConfig(Section):
-    name: Name = Field("gru", description="Name of the pipeline, its experiment and model.")
-    storage: str = Field("./store", description="Path or URL where everything is kept.")
+    """The configuration of a pipeline, from text to a served model."""
+
+    name: Name = Field("gru", description="Name of the pipeline, and of its experiment and model.")
+    storage: str = Field("./store", description="Path or URL of the directory for datasets, runs and models.")
     corpus: CorpusConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
@@ -344,9 +422,9 @@ class PipelineConfig(Section):
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Read a TOML file (or a JSON object given as text), apply `section.key=value` overrides and validate.
+    """Read a TOML file, or a JSON object passed as text, apply `section.key=value` overrides, and validate.
 
-    Raises UserError naming the file and the key that is wrong.
+    Raises UserError naming the file and the wrong key.
     """
     inline = str(source).lstrip().startswith("{")
     path = "configuration" if inline else source
@@ -354,7 +432,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
         table = json.loads(str(source)) if inline else tomllib.loads(Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the configuration: {error.strerror}") from None
-    except ValueError as error:  # of TOML, JSON or UTF-8
+    except ValueError as error:  # invalid TOML, JSON or UTF-8
         raise UserError(f"{path}: not valid {'JSON' if inline else 'TOML'}: {error}") from None
     for override in overrides:
         _apply(table, override, "--set ")
@@ -362,7 +440,10 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:
 
 
 def changed(config: PipelineConfig, overrides: Sequence[str], option: str) -> PipelineConfig:
-    """The configuration with `section.key=value` overrides that `option` gave, which is named if they are wrong."""
+    """Return the configuration with `section.key=value` overrides.
+
+    option: the command line option that they come from. Raises UserError naming it if an override is wrong.
+    """
     table = config.model_dump()
     for override in overrides:
         _apply(table, override, option)
@@ -380,7 +461,7 @@ def _apply(table: dict[str, Any], override: str, option: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise UserError(f"{option}{override}: expected section.key=value, as in train.steps=100")
+        raise UserError(f"{option}{override}: must be section.key=value, as in train.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -392,21 +473,70 @@ def _apply(table: dict[str, Any], override: str, option: str) -> None:
     table[parts[-1]] = value
 
 
+# What a value must be, by pydantic's error type.
+_TYPE_ERRORS = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+}
+
+
 def _explain(error: dict[str, Any]) -> str:
-    """One of pydantic's errors in words: `train.stpes: unknown key (known: ...)`."""
+    """Return one of pydantic's errors in words: `train.steps: must be an integer >= 1, not 0`."""
     location = [str(part) for part in error["loc"]]
     key = ".".join(location) or "configuration"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key; known here: {', '.join(_keys_at(location[:-1]))}"
     if error["type"] == "missing":
-        return f"{key}: required, but absent"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f", not {given!r}" if not isinstance(given, dict) else ""
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+        return f"{key}: required but absent"
+    value = error.get("input")
+    shown = f", not {value!r}" if not isinstance(value, dict) else ""
+    return f"{key}: {_requirement(error, location)}{shown}"
+
+
+def _requirement(error: dict[str, Any], location: list[str]) -> str:
+    """Return what a value must be, from one of pydantic's errors: `must be an integer >= 1`."""
+    kind, context = error["type"], error.get("ctx", {})
+    match kind:
+        case "value_error":
+            return error["msg"].removeprefix("Value error, ")
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return _range(kind, context, isinstance(error.get("input"), int) and "int" in _type_at(location))
+        case "string_pattern_mismatch":
+            return f"must match the regular expression {context['pattern']}"
+        case "literal_error":
+            return f"must be {context['expected']}"
+        case "too_short" | "string_too_short":
+            least = context["min_length"]
+            return "must not be empty" if least == 1 else f"must have a length >= {least}"
+    if kind in _TYPE_ERRORS:
+        return f"must be {_TYPE_ERRORS[kind]}"
+    message = error["msg"]
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _range(kind: str, context: dict[str, Any], integer: bool) -> str:
+    """Return the range of a number: `must be an integer >= 1` or `must be a number < 1`."""
+    noun = "an integer" if integer else "a number"
+    match kind:
+        case "greater_than":
+            return f"must be {noun} >= {context['gt'] + 1}" if integer else f"must be {noun} > {context['gt']:g}"
+        case "greater_than_equal":
+            return f"must be {noun} >= {context['ge']:g}"
+        case "less_than":
+            return f"must be {noun} < {context['lt']:g}"
+    return f"must be {noun} <= {context['le']:g}"
 
 
 def _keys_at(location: list[str]) -> list[str]:
+    """Return the keys of the section at this place."""
     record: type[BaseModel] = PipelineConfig
     for part in location:
         annotation = record.model_fields[part].annotation
@@ -415,8 +545,18 @@ def _keys_at(location: list[str]) -> list[str]:
     return list(record.model_fields)
 
 
+def _type_at(location: list[str]) -> str:
+    """Return the name of the type of the key at this place, which may be an element of a list."""
+    record: Any = PipelineConfig
+    for part in location:
+        if not (isinstance(record, type) and issubclass(record, BaseModel)):
+            break
+        record = record.model_fields[part].annotation
+    return _type_name(record)
+
+
 def describe() -> str:
-    """Every key with its type, default and description, laid out as the TOML file is."""
+    """Return every key with its type, default and description, in the layout of the TOML file."""
     return "\n".join(_describe(PipelineConfig, ""))
 
 
@@ -452,7 +592,7 @@ def _toml(value: Any) -> str:
 
 
 def content_key(*parts: Any) -> str:
-    """A short name for what went into something: 16 hexadecimal digits of the SHA-256 of `parts` as JSON."""
+    """Return a short name for a result with these inputs: 16 hex digits of the SHA-256 of `parts` as JSON."""
     plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

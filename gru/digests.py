@@ -1,4 +1,4 @@
-"""Directories that prove themselves: `digests.json`, written last, has the SHA-256 of every other file."""
+"""Directories that can be verified: `digests.json`, written last, has the SHA-256 of every other file."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ DIGESTS = "digests.json"
 
 
 class DamagedFiles(Exception):
-    """A directory whose files are not those that its digests.json promises."""
+    """A file of a directory is absent, or its SHA-256 differs from the one in digests.json."""
 
 
 def write_digests(directory: Path) -> None:
-    """Write digests.json over the files of a flat directory, which completes it."""
+    """Write digests.json for the files of a flat directory, which marks the directory complete."""
     digests = {file.name: storage.sha256(file.read_bytes()) for file in sorted(directory.iterdir())}
     (directory / DIGESTS).write_text(json.dumps(digests, indent=1))
 
 
 def read_verified(path: str) -> dict[str, bytes]:
-    """The files that a directory's digests.json names. Raises DamagedFiles naming the first that is wrong."""
+    """Return the content of each file named in digests.json. Raises DamagedFiles naming the first wrong file."""
     try:
         digests = storage.read_json(storage.join(path, DIGESTS))
         files = {name: storage.read_bytes(storage.join(path, name)) for name in digests}

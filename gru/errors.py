@@ -1,23 +1,23 @@
-"""What a person got wrong, and what happened to the machines, told apart from what we got wrong.
+"""The errors that entry points print as one line: user mistakes, failures of machines, and an ordered stop.
 
-Entry points print these as one line; every other exception is a defect and keeps its traceback.
+Every other exception is a defect of this program and keeps its traceback.
 """
 
 
 class UserError(ValueError):
     """A mistake in the configuration, the input or the arguments.
 
-    The message is one line that says what was wrong, where, and what would be right. Exit status 2: the same again
-    would end the same.
+    The message is one line that says what was wrong, where, and what would be right. Exit status 2: running the same
+    command again would fail again.
     """
 
 
 class GaveUp(RuntimeError):
-    """Processes, machines or services failed too often. Exit status 1: the same again may go on."""
+    """Processes, machines or services failed too often. Exit status 1: running the same command again may resume."""
 
 
 class Stopped(Exception):
-    """Work ended early because this process was told to, with what was done kept. Exit status 128 + signal."""
+    """A signal ended the work early; finished work is kept. Exit status 128 + signal."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ def first_line(error: BaseException) -> str:
 
 
 def find_user_error(error: BaseException) -> UserError | None:
-    """The UserError inside `error`, through the wrappers that Ray puts around what a task or worker raised."""
+    """Return the UserError inside the wrappers that Ray puts around an error of a task or worker, or None."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:

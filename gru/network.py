@@ -1,22 +1,40 @@
 """Addresses and ports of this machine."""
 
+import errno
 import socket
 
 from gru.errors import UserError
 
 
 def require_bindable(host: str, port: int, option: str) -> None:
-    """Raise UserError, naming the option, if another program listens on the port."""
+    """Raise UserError if no server can listen on this host and port; `option` is what sets the port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise UserError(f"port {port} is in use ({error.strerror}): choose another with {option}") from None
+            raise UserError(_explain(error, host, port, option)) from None
+
+
+def _explain(error: OSError, host: str, port: int, option: str) -> str:
+    """Return what is wrong with the host or the port, and what to choose instead."""
+    if isinstance(error, socket.gaierror):
+        return f"{host} does not resolve to an IPv4 address ({error.strerror}): choose a host name or address that does"
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"port {port} is in use by another program: choose another with {option}"
+        case errno.EACCES | errno.EPERM:
+            return f"port {port} needs root: choose one >= 1024 with {option}"
+        case errno.EADDRNOTAVAIL:
+            return (
+                f"{host} is not an address of this machine: choose one that is, such as 127.0.0.1, or 0.0.0.0 for all "
+                "of them"
+            )
+    return f"cannot listen on {host}:{port} ({error.strerror}): choose another host, or another port with {option}"
 
 
 def is_local_address(host: str) -> bool:
-    """Whether that name or address is one of this machine's own."""
+    """Whether this name or address belongs to this machine."""
     with socket.socket() as probe:
         try:
             probe.bind((host, 0))
@@ -26,7 +44,7 @@ def is_local_address(host: str) -> bool:
 
 
 def free_port() -> int:
-    """A port of the loopback address that nothing listens on now."""
+    """Return a port of the loopback address on which nothing listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

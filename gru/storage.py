@@ -1,6 +1,6 @@
-"""Files under the storage path, local or on whatever fsspec opens (s3://...).
+"""Files under the storage path, which is local or a URL that fsspec opens (s3://...).
 
-A file written here is whole or absent: local ones are renamed into place, object stores do so themselves.
+A file is written whole or not at all: local files are renamed into place, and object stores are atomic themselves.
 """
 
 import errno
@@ -21,32 +21,34 @@ from gru.errors import UserError
 
 
 def is_local(path: str) -> bool:
+    """Whether `path` is a path and not a URL."""
     return "://" not in path
 
 
 def absolute(path: str, base: str | Path) -> str:
-    """`path` itself if it is a URL or absolute, else under `base`."""
+    """Return `path` itself if it is a URL or absolute, else the path under `base`."""
     path = path.removeprefix("file://")
     return path if "://" in path else os.path.normpath(Path(base) / Path(path).expanduser())
 
 
 def normalize(path: str, base: str | Path) -> str:
-    """The same storage always in the same words: absolute, and a URL without a slash at its end."""
-    found = absolute(path, base)
-    return found if is_local(found) else found.rstrip("/")
+    """Return the one spelling of a storage path: absolute, and a URL without a trailing slash."""
+    full = absolute(path, base)
+    return full if is_local(full) else full.rstrip("/")
 
 
 def join(path: str, *parts: str) -> str:
+    """Return `path` extended by names below it."""
     return "/".join([path.rstrip("/"), *parts])
 
 
 def check_writable(path: str) -> None:
-    """Raise UserError if nothing can be written under `path`."""
+    """Raise UserError if no file can be written under `path`."""
     probe = join(path, f".writable-{os.getpid()}")
     try:
         write_bytes(probe, b"")
         remove(probe)
-    except (OSError, ImportError, ValueError) as error:  # ValueError: a protocol that fsspec does not know
+    except (OSError, ImportError, ValueError) as error:  # ValueError: fsspec does not know the protocol
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"storage = {path!r}: cannot write there: {reason}") from None
 
@@ -57,7 +59,7 @@ def exists(path: str) -> bool:
 
 
 def names(path: str) -> list[str]:
-    """Names directly under a directory, sorted; none if it does not exist."""
+    """Return the sorted names directly under a directory; empty if it does not exist."""
     filesystem, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
     if not filesystem.isdir(inner):
         return []
@@ -70,6 +72,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, data: bytes) -> None:
+    """Write a file, which replaces an earlier one only once it is complete."""
     if not is_local(path):
         with fsspec.open(path, "wb") as file:
             file.write(data)
@@ -89,7 +92,7 @@ def _temporary_name(name: str) -> str:
 
 
 def final_name(name: str) -> str:
-    """The name that a file which is being written will have; that of any other is its own."""
+    """Return the final name of a file that may still have a temporary name."""
     return re.sub(r"^\.(.+)\.[0-9a-f]{32}\.tmp$", r"\1", name)
 
 
@@ -102,13 +105,13 @@ def write_json(path: str, value: Any) -> None:
 
 
 def upload(directory: Path, path: str, last: str) -> None:
-    """Copy a flat local directory to `path`; the file named `last` goes last and marks it complete."""
+    """Copy a flat local directory to `path`, the file named `last` at the end, which marks the copy complete."""
     for file in sorted(directory.iterdir(), key=lambda file: file.name == last):
         write_bytes(join(path, file.name), file.read_bytes())
 
 
 def remove(path: str) -> None:
-    """Remove a file or a directory with all that is in it; nothing happens if it is absent."""
+    """Remove a file, or a directory with all its content, if it exists."""
     if is_local(path):
         target = Path(path)
         if target.is_dir():
@@ -126,7 +129,7 @@ def sha256(data: bytes) -> str:
 
 
 def file_digest(path: str) -> str:
-    """SHA-256 of a file. Raises OSError."""
+    """Return the SHA-256 of a file. Raises OSError."""
     with fsspec.open(path, "rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
@@ -135,8 +138,9 @@ def file_digest(path: str) -> str:
 
 
 class NewFile:
-    """A file to write that appears at `path` when it is committed, whole; until then, and if it never is, it has
-    another name beside it. Counts its bytes and takes its SHA-256 on the way. Raises OSError.
+    """A file being written under a temporary name, which `commit` renames to `path` once it is complete.
+
+    Counts its bytes and computes their SHA-256. Raises OSError.
     """
 
     def __init__(self, path: str) -> None:
@@ -169,6 +173,7 @@ class NewFile:
         self.closed = True
 
     def commit(self) -> None:
+        """Close the file and rename it to its final name."""
         if self._local:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -176,14 +181,15 @@ class NewFile:
         self._filesystem.mv(self._temporary, self._path)
 
     def abandon(self) -> None:
+        """Remove the temporary file."""
         with suppress(OSError):
-            self._file.close()  # which writes what is left, and fails again if the disk is full
+            self._file.close()  # flushes the buffer, and fails again if the disk is full
         with suppress(OSError):
             self._filesystem.rm(self._temporary)
 
 
 def move(path: str, target: str) -> None:
-    """Give a file another name; nothing happens if that is done already."""
+    """Rename a file, unless an earlier call has already done so."""
     filesystem, inner = fsspec.core.url_to_fs(path)
     _, outer = fsspec.core.url_to_fs(target)
     if filesystem.exists(inner) or not filesystem.exists(outer):
@@ -192,12 +198,13 @@ def move(path: str, target: str) -> None:
 
 @contextmanager
 def full_disk_is_user_error(path: str) -> Iterator[None]:
-    """Raises UserError instead of the OSError of a disk that is full, or takes nothing more."""
+    """Raise UserError instead of the OSError of a full, read-only or limited disk."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise UserError(
-            f"storage: cannot write {path}: {error.strerror}; what is finished stays: make room and run the same again"
+            f"storage: cannot write {path}: {error.strerror}; finished work is kept: free some space and "
+            "run the same command again"
         ) from None

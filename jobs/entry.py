@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from gru import config as configuration
 from gru import storage
@@ -93,23 +94,44 @@ def main(
         storage.check_writable(config.storage)
         result = run(config, JobContext(arguments.parent, arguments.dataset, progress, arguments))
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave_ray()
+        exit_now(130)
     except Stopped as stop:
         progress(str(stop))
-        sys.exit(128 + stop.signal)
+        _leave_ray()
+        exit_now(128 + stop.signal)
     except GaveUp as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _leave_ray()
+        exit_now(1)
     except Exception as error:
         mistake = find_user_error(error)
         if mistake is None:
             raise
         print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    if ray := sys.modules.get("ray"):
-        ray.shutdown()  # otherwise its messages about a dead node may follow the result
+        _leave_ray()
+        exit_now(2)
+    _leave_ray()  # first, because Ray may print that a node died, and the result must be the last line
     sys.stderr.flush()
     print(json.dumps(result, ensure_ascii=False), flush=True)
+    exit_now(0)
+
+
+def _leave_ray() -> None:
+    """Disconnect from Ray, or stop the local one, if this process uses it."""
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
+
+
+def exit_now(status: int) -> NoReturn:
+    """Flush stdout and stderr and end the process without finalizing the interpreter.
+
+    A native thread (Arrow, fsspec, Ray) that calls into Python while the interpreter finalizes aborts the process:
+    SIGABRT instead of the exit status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def quiet_libraries() -> None:

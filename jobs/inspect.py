@@ -1,4 +1,4 @@
-"""Say what a dataset holds: counts, lengths, what was left out and why. Decodes a document; verifies every digest."""
+"""Report what a dataset holds: counts, lengths, documents left out and why. Prints a document; verifies digests."""
 
 import argparse
 import json
@@ -15,42 +15,55 @@ from jobs import entry
 
 
 def main() -> None:
+    """Print what the command line asks for, and end the process: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m jobs.inspect", description=__doc__)
-    parser.add_argument("dataset", metavar="DATASET", help="directory or URL of a dataset: what jobs.prepare names")
-    parser.add_argument("--document", metavar="HASH", help="print the text of a document, named as in the shards")
-    parser.add_argument("--verify", action="store_true", help="read all files and compare their digests")
+    parser.add_argument("dataset", metavar="DATASET", help="directory or URL of a dataset, as jobs.prepare prints it")
+    parser.add_argument(
+        "--document", metavar="HASH", help="print the text of one document, by its number in the column `document`"
+    )
+    parser.add_argument("--verify", action="store_true", help="read every file and compare its digest")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
     arguments = parser.parse_args()
     entry.quiet_libraries()
     try:
-        dataset = open_dataset(storage.absolute(arguments.dataset, Path.cwd()))
-        if arguments.document is not None:
-            source, text = _document(dataset, arguments.document)
-            print(json.dumps({"source": source, "text": text}, ensure_ascii=False) if arguments.json else text)
-            return
-        if arguments.verify:
-            dataset.verify()
-        facts = describe(dataset) | ({"verified": True} if arguments.verify else {})
-        print(json.dumps(facts, ensure_ascii=False) if arguments.json else _report(dataset, facts))
+        print(_answer(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        entry.exit_now(2)
+    entry.exit_now(0)
 
 
-def _document(dataset: Dataset, name: str) -> tuple[str, str]:
-    """Raises UserError if there is none of that name, a decimal or hexadecimal (0x...) number."""
+def _answer(arguments: argparse.Namespace) -> str:
+    """Return the report, the JSON object or the document that the arguments ask for. Raises UserError."""
+    dataset = open_dataset(storage.absolute(arguments.dataset, Path.cwd()))
+    if arguments.document is not None:
+        source, text = _document(dataset, arguments.document)
+        return json.dumps({"source": source, "text": text}, ensure_ascii=False) if arguments.json else text
+    if arguments.verify:
+        dataset.verify()
+    facts = describe(dataset) | ({"verified": True} if arguments.verify else {})
+    return json.dumps(facts, ensure_ascii=False) if arguments.json else _report(dataset, facts)
+
+
+def _document(dataset: Dataset, argument: str) -> tuple[str, str]:
+    """Return (source, text) of the document whose hash is `argument`, a decimal or hexadecimal (0x...) number.
+
+    Raises UserError if it is not a number, or if the dataset has no such document.
+    """
     try:
-        number = int(name, 0)
+        document_hash = int(argument, 0)
     except ValueError:
-        raise UserError(f"--document {name}: expected the number in the shards' column `document`") from None
-    found = dataset.document(number) if 0 <= number < 2**64 else None
-    if found is None:
-        raise UserError(f"--document {name}: no such document in {dataset.directory}")
-    return found
+        raise UserError(
+            f"--document {argument}: must be a number from the shards' column `document`, decimal or 0x..."
+        ) from None
+    document = dataset.document(document_hash) if 0 <= document_hash < 2**64 else None
+    if document is None:
+        raise UserError(f"--document {argument}: no such document in {dataset.directory}")
+    return document
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-    """The facts of a dataset, for programs."""
+    """Return the facts of a dataset for programs: what `--json` prints."""
     manifest = dataset.manifest
     lengths: Counter[int] = Counter()
     for shard in manifest.shards:
@@ -78,32 +91,33 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 
 
 def _report(dataset: Dataset, facts: dict[str, Any]) -> str:
+    """Return the facts of a dataset as lines for people."""
     train, heldout = facts["train"], facts["heldout"]
     lines = [
         f"{facts['dataset']}",
-        f"digest      {facts['digest']}" + (", and every file is what it says" if "verified" in facts else ""),
+        f"digest      {facts['digest']}" + (", and every file has its digest" if "verified" in facts else ""),
         f"sources     {facts['sources']:,} files, {facts['source_bytes'] / 1e6:,.1f} MB",
         f"shards      {facts['shards']:,} files, {facts['shard_bytes'] / 1e6:,.1f} MB, {facts['segments']:,} segments",
         f"tokenizer   {facts['vocabulary']:,} tokens, {facts['tokenizer_digest']}",
-        f"            {facts['bytes_per_token']} bytes or {facts['characters_per_token']} characters a token",
+        f"            {facts['bytes_per_token']} bytes, {facts['characters_per_token']} characters per token",
         "",
         f"            {'documents':>15} {'bytes':>17} {'characters':>17} {'tokens':>17}",
     ]
     for name, counts in (("train", train), ("held out", heldout)):
         numbers = (counts[key] for key in ("documents", "bytes", "characters", "tokens"))
         lines.append(f"{name:12}" + "{:>15,} {:>17,} {:>17,} {:>17,}".format(*numbers))
-    lines += ["", "tokens in a document, with its end"]
+    lines += ["", "tokens per document, including end of text"]
     lengths: dict[str, int] = facts["documents_by_tokens"]
     total = sum(lengths.values())
     for (limit, count), below in zip(lengths.items(), accumulate(lengths.values()), strict=True):
         bar = "█" * round(40 * count / max(lengths.values()))
         lines.append(f"{'up to ' + format(int(limit[2:]), ','):>18} {count:>13,} {below / total:>7.1%}  {bar}".rstrip())
-    lines += ["", "left out" if facts["dropped"] else "left out: nothing"]
+    lines += ["", "documents left out" if facts["dropped"] else "documents left out: none"]
     lines += [f"{reason:>18} {count:>13,}" for reason, count in facts["dropped"].items()]
     if facts["replaced"]:
         lines += ["", f"{facts['replaced']:,} documents have U+FFFD in place of invalid bytes"]
     if facts["examples"]:
-        lines += ["", "the first places where something was wrong", *(f"  {place}" for place in facts["examples"])]
+        lines += ["", "first problems found", *(f"  {example}" for example in facts["examples"])]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Tokenize the corpus and write it as Parquet shards (Ray Data)."""
+"""Tokenize the corpus and write it as Parquet shards, with Ray Data."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from gru.registry import tracking
 from jobs import entry, stages
 from jobs.results import Counts, PrepareResult
 
-_EXAMPLES = 5  # places with something wrong that are shown
+_EXAMPLES = 5  # examples of problems that are printed
 
 
 def run(config: PipelineConfig, context: entry.JobContext) -> PrepareResult:

@@ -1,7 +1,6 @@
 """The `gru` command: its arguments and exit status. Its commands are in commands.py and workflow_commands.py."""
 
 import argparse
-import os
 import signal
 import sys
 from types import FrameType
@@ -24,7 +23,7 @@ def main() -> None:
     try:
         status = arguments.command(arguments)
     except KeyboardInterrupt:
-        _leave(130)
+        entry.exit_now(130)  # threads that still follow a job must not hold the process
     except Exception as error:
         from pipelines.embedded import ServiceFailed
         from pipelines.ray_jobs import JobFailed
@@ -33,9 +32,8 @@ def main() -> None:
         if mistake is None and not isinstance(error, JobFailed | ServiceFailed):
             raise
         print(f"error: {mistake or error}", file=sys.stderr)
-        _leave(2 if mistake else 1)
-    if status:
-        _leave(status)
+        entry.exit_now(2 if mistake else 1)
+    entry.exit_now(status or 0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -179,10 +177,3 @@ def _port(text: str) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _leave(status: int) -> None:
-    """Exit at once: threads that still follow the log of an ended job must not keep the process alive."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -1,7 +1,10 @@
-"""A finished dataset: its manifest, and reading it back.
+"""A finished dataset: the manifest, and the reader of segments, documents and texts.
 
-A row of a shard is a document, or a part of a long one; a row group is a segment, and its flat buffer of tokens is
-the stream that is trained on. This module does not know how a dataset is made, nor how it is used.
+A row of a shard is a document, or a piece of a long one; a row group is a segment, and its flat buffer of tokens is
+the stream that is trained on. This module does not know how a dataset is prepared or what it is used for.
+
+Parquet is read with use_threads=False: a thread of Arrow's pool that still holds a Python file while the interpreter
+finalizes aborts the process.
 """
 
 import json
@@ -26,21 +29,25 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
-_DECODED_AT_ONCE = 1 << 16  # tokens; as Python's integers they take 40 times the memory
+_DECODE_TOKENS = 1 << 16  # tokens decoded at a time: as Python integers they take 40 times the memory
 
 Split = Literal["train", "heldout"]
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
 
 class ManifestRecord(BaseModel):
+    """The base of all records in a manifest: immutable, and without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Counts(ManifestRecord):
+    """The size of a split or a shard."""
+
     documents: int = 0
-    bytes: int = 0  # of text, as UTF-8
+    bytes: int = 0  # of the text as UTF-8
     characters: int = 0
-    tokens: int = 0  # with one end of text for each document
+    tokens: int = 0  # including one end of text per document
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in Counts.model_fields})
@@ -50,55 +57,64 @@ class Counts(ManifestRecord):
 
 
 class Source(ManifestRecord):
+    """A source file that the dataset was prepared from."""
+
     name: str
-    size: int
-    digest: str  # SHA-256 of the file; of the SHA-256s of its spans if it was cut
+    size: int  # in bytes
+    digest: str  # SHA-256 of the file; if it was cut, SHA-256 of the SHA-256s of its spans
 
 
 class Shard(ManifestRecord):
+    """A Parquet file of tokens."""
+
     name: str
     split: Split
     counts: Counts
-    lengths: list[int]  # documents of up to 2^0, 2^1, 2^2 ... tokens
+    lengths: list[int]  # histogram: number of documents of up to 2^0, 2^1, 2^2 ... tokens
     file_bytes: int
     digest: str  # SHA-256 of the file
-    segments: list[int]  # tokens in each row group
+    segments: list[int]  # number of tokens in each row group
 
 
 class Manifest(ManifestRecord):
+    """The description of a dataset, written last: the dataset exists when this file exists."""
+
     format_version: int
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
     sources: list[Source]
     train: Counts
     heldout: Counts
-    dropped: dict[str, int]  # documents left out, by reason
-    replaced: int  # documents in which U+FFFD stands for invalid bytes
-    examples: list[str]  # the first places in the sources where something was wrong
+    dropped: dict[str, int]  # number of documents left out, by reason
+    replaced: int  # number of documents in which U+FFFD replaces invalid bytes
+    examples: list[str]  # the first problems found in the sources: file, place and what is wrong
     vocab_size: int
     end_of_text: int
     tokenizer_digest: str
-    heldout_digest: str  # of the held-out texts, whatever their order, their partitions or the tokenizer
+    heldout_digest: str  # digest of the held-out texts; independent of their order, the partitions and the tokenizer
     shards: list[Shard]
-    digest: str = ""  # of all the rest but where the sources and the tokenizer lay
+    digest: str = ""  # digest of all other fields except the paths of the sources and of the tokenizer
 
     @property
     def counts(self) -> Counts:
         return self.train + self.heldout
 
     def content_digest(self) -> str:
+        """Return what `digest` must be."""
         content = self.model_dump(mode="json", exclude={"digest": True, "corpus": {"sources"}, "tokenizer": {"path"}})
         return storage.sha256(json.dumps(content, sort_keys=True).encode())
 
 
 class Segment(NamedTuple):
+    """A row group of a shard."""
+
     shard: str
     row_group: int
-    tokens: int
+    tokens: int  # number of tokens
 
 
 class Dataset:
-    """A finished dataset. Raises UserError where a file is not what the manifest says."""
+    """A finished dataset. Its methods raise UserError if a file is absent or is not the one in the manifest."""
 
     def __init__(self, directory: str, manifest: Manifest) -> None:
         self.directory, self.manifest = directory, manifest
@@ -109,6 +125,7 @@ class Dataset:
         return load_tokenizer(self.directory, self.manifest.tokenizer_digest)
 
     def segments(self, split: Split) -> list[Segment]:
+        """Return all segments of a split, in order."""
         return [
             Segment(shard.name, index, tokens)
             for shard in self.manifest.shards
@@ -117,7 +134,7 @@ class Dataset:
         ]
 
     def read_segment(self, segment: Segment) -> Tokens:
-        """Its tokens [tokens], documents end to end."""
+        """Return the tokens [tokens] of a segment, its documents end to end."""
         return self._tokens(segment).values.to_numpy()
 
     def first_tokens(self, split: Split, limit: int) -> Tokens:
@@ -130,70 +147,73 @@ class Dataset:
         return np.concatenate(parts)[:limit]
 
     def documents(self, segment: Segment, start: int, stop: int) -> list[int]:
-        """Hashes of the documents that tokens [start, stop) of a segment belong to, in order."""
+        """Return the hashes of the documents that tokens [start, stop) of a segment belong to, in order."""
         rows = self._read(segment, ["document", "tokens"])
         ends = np.cumsum(pc.list_value_length(rows["tokens"]).to_numpy())
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
         return rows["document"].to_pylist()[first : last + 1]
 
     def texts(self, split: Split) -> Iterator[str]:
-        """The documents of a split, decoded."""
+        """Yield the text of each document of a split."""
         tokenizer = self.tokenizer()
-        parts: list[Tokens] = []
+        pieces: list[Tokens] = []
         for segment in self.segments(split):
             for row in self._tokens(segment):
-                parts.append(row.values.to_numpy())
-                if parts[-1][-1] == self.manifest.end_of_text:
-                    yield decode(tokenizer, np.concatenate(parts)).decode()
-                    parts = []
+                pieces.append(row.values.to_numpy())
+                if pieces[-1][-1] == self.manifest.end_of_text:
+                    yield decode(tokenizer, np.concatenate(pieces)).decode()
+                    pieces = []
 
-    def document(self, name: int) -> tuple[str, str] | None:
-        """(source, text) of the document of that hash; None if there is none."""
+    def document(self, document_hash: int) -> tuple[str, str] | None:
+        """Return (source, text) of the document with that hash, or None if there is none."""
+        rows = pc.field("document") == pa.scalar(document_hash, pa.uint64())
         for shard in self.manifest.shards:
             path = storage.join(self.directory, shard.name)
             with _readable(path), fsspec.open(path, "rb") as file:
-                table = pq.read_table(file, filters=pc.field("document") == pa.scalar(name, pa.uint64()))
+                table = pq.read_table(file, filters=rows, use_threads=False, pre_buffer=False)
             if table.num_rows:
                 tokens = table["tokens"].combine_chunks().flatten().to_numpy()
-                # The same document may be there several times if duplicates were kept.
+                # With corpus.deduplicate = "none" the shard may have the same document several times.
                 end = int(np.argmax(tokens == self.manifest.end_of_text))
                 return table["source"][0].as_py(), decode(self.tokenizer(), tokens[:end]).decode()
         return None
 
     def verify(self) -> None:
-        """Read every shard and compare its digest."""
+        """Read every shard and compare its digest with the manifest's."""
         self.tokenizer()
         for shard in self.manifest.shards:
             path = storage.join(self.directory, shard.name)
             with _readable(path):
                 if storage.file_digest(path) != shard.digest:
-                    raise UserError(f"{path}: damaged: not what {MANIFEST} says")
+                    raise UserError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
 
     def _tokens(self, segment: Segment) -> pa.ListArray:
+        """Return the tokens of a segment by row."""
         rows = self._read(segment, ["tokens"])["tokens"].combine_chunks()
         if len(rows.values) != segment.tokens:
             path = storage.join(self.directory, segment.shard)
-            raise UserError(f"{path}: damaged: not the tokens that {MANIFEST} says")
+            raise UserError(f"{path}: damaged: its number of tokens differs from the one in {MANIFEST}")
         return rows
 
     def _read(self, segment: Segment, columns: list[str]) -> pa.Table:
         path = storage.join(self.directory, segment.shard)
         with _readable(path), fsspec.open(path, "rb") as file:
             if segment.shard not in self._footers and file.seek(0, 2) != self._shards[segment.shard].file_bytes:
-                raise UserError(f"{path}: damaged: not of the size that {MANIFEST} says")
+                raise UserError(f"{path}: damaged: its size differs from the one in {MANIFEST}")
             reader = pq.ParquetFile(file, metadata=self._footers.get(segment.shard))
             self._footers[segment.shard] = reader.metadata
-            return reader.read_row_group(segment.row_group, columns=columns)
+            return reader.read_row_group(segment.row_group, columns=columns, use_threads=False)
 
 
 def decode(tokenizer: Tokenizer, tokens: Tokens) -> bytes:
-    """The text of a document of whatever length, as UTF-8."""
-    starts = range(0, len(tokens), _DECODED_AT_ONCE)
-    return b"".join(tokenizer.decode_bytes(tokens[start : start + _DECODED_AT_ONCE]) for start in starts)
+    """Return the text of a document of any length, as UTF-8."""
+    starts = range(0, len(tokens), _DECODE_TOKENS)
+    return b"".join(tokenizer.decode_bytes(tokens[start : start + _DECODE_TOKENS]) for start in starts)
 
 
 @contextmanager
 def _readable(path: str) -> Iterator[None]:
+    """Raise UserError with the path for the errors of a file system or of Arrow."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:
@@ -201,32 +221,32 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def open_dataset(directory: str) -> Dataset:
-    """Raises UserError if there is no whole dataset, or its manifest or tokenizer is damaged."""
+    """Open a finished dataset. Raises UserError if there is none, or if its manifest or tokenizer is damaged."""
     path = storage.join(directory, MANIFEST)
     try:
         manifest = Manifest.model_validate(storage.read_json(path))
     except FileNotFoundError:
-        raise UserError(f"{directory}: no dataset here: there is no {MANIFEST}") from None
+        raise UserError(f"{directory}: not a dataset: it has no {MANIFEST}") from None
     except (ValidationError, ValueError):
-        raise UserError(f"{path}: damaged, or of another version of this program") from None
+        raise UserError(f"{path}: damaged, or written by another version of this program") from None
     if manifest.format_version != FORMAT_VERSION or manifest.digest != manifest.content_digest():
-        raise UserError(f"{path}: damaged, or of another version of this program")
+        raise UserError(f"{path}: damaged, or written by another version of this program")
     dataset = Dataset(directory, manifest)
     dataset.tokenizer()
     return dataset
 
 
 def load_tokenizer(directory: str, digest: str) -> Tokenizer:
-    """The tokenizer of a dataset. Raises UserError if it is not the one of that digest."""
+    """Return the tokenizer of a dataset. Raises UserError if its digest is another one."""
     path = storage.join(directory, TOKENIZER)
     tokenizer = tokenizers.load(path)
     if tokenizer.digest != digest:
-        raise UserError(f"{path}: damaged: not what {MANIFEST} says")
+        raise UserError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
     return tokenizer
 
 
 def first_texts(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """Whole texts, in order, until there are `most_bytes`."""
+    """Yield whole texts, in order, until they have at least `most_bytes`."""
     size = 0
     for text in texts:
         yield text

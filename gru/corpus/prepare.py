@@ -1,18 +1,14 @@
-"""The corpus made into a dataset: Ray works through the partitions, and the manifest completes it.
+"""The preparation of a dataset: Ray processes the partitions in parallel, and the manifest completes the dataset.
 
-Killed at any moment, the same call goes on with the partitions that are not finished. What is done with one
-partition is in `shards`; this module knows their order, and what they have in common.
+Killed at any moment, the same call resumes with the partitions that are not finished. The work on one partition is in
+`shards`; this module plans the partitions and combines their results.
 """
 
-import logging
-import pickle
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -31,106 +27,110 @@ from gru.corpus.dataset import (
     load_tokenizer,
     open_dataset,
 )
-from gru.corpus.documents import Report, document_hash, documents, is_heldout, parse_template
-from gru.corpus.shards import PARTS, PartitionResult, ShardContext, SpanSource
+from gru.corpus.documents import document_hash, documents, is_heldout
+from gru.corpus.parallel import InParallel, map_in_parallel, run_in_parallel
+from gru.corpus.report import Report
+from gru.corpus.shards import WORK_DIRECTORY, PartitionResult, ShardContext, SpanSource
 from gru.corpus.sources import Partition
+from gru.corpus.template import parse_template
 from gru.corpus.tokenizer import Tokenizer
 from gru.errors import UserError, find_user_error
 
-Progress = Callable[[str], None]
-InParallel = Callable[..., Iterator[tuple[Any, Any]]]
+ReportProgress = Callable[[str], None]
 
-_PIECE_BYTES = 1 << 20  # the tokenizer's sample is made of pieces of this size
-_EXPANSION = 4  # of compressed text, roughly: it only decides how much is sampled
-_EXAMPLES = 100  # places that a manifest names
-_GIVEN = PrepareResources()  # to each task, where nothing else is said
+_SAMPLE_SPAN_BYTES = 1 << 20  # size of the spans that the tokenizer's training sample consists of
+_EXPANSION = 4  # rough ratio of text to compressed bytes; it only decides how much is sampled
+_EXAMPLES = 100  # most examples of problems in a manifest
+_DEFAULT_RESOURCES = PrepareResources()
 
 
 def dataset_key(corpus: CorpusConfig, tokenizer: TokenizerConfig, files: list[sources.SourceFile] | None = None) -> str:
-    """The name of the dataset that these would make of the sources as they are now, or as they were listed."""
+    """Return the key of the dataset of these configs and of the sources as they are now, or as listed in `files`."""
     listing = [[file.path, file.size, file.modified] for file in files or sources.list_files(corpus)]
-    given = tokenizers.load(tokenizer.path).digest if tokenizer.path else None
-    return content_key(corpus, tokenizer, FORMAT_VERSION, listing, given)
+    tokenizer_digest = tokenizers.load(tokenizer.path).digest if tokenizer.path else None
+    return content_key(corpus, tokenizer, FORMAT_VERSION, listing, tokenizer_digest)
 
 
 def prepare(
     corpus: CorpusConfig,
     tokenizer: TokenizerConfig,
     directory: str,
-    progress: Progress,
-    resources: PrepareResources = _GIVEN,
+    progress: ReportProgress,
+    resources: PrepareResources = _DEFAULT_RESOURCES,
 ) -> Dataset:
-    """Make the dataset, or what is still missing of it, with the Ray that is running, whose tasks get `resources`.
+    """Prepare the dataset, or its pending partitions, on the running Ray, each task with `resources`.
 
-    Raises UserError if the sources cannot be read, hold nothing to train on or to hold out, or the disk is full.
+    Raises UserError if the sources cannot be read, have no document to train on or to hold out, or the disk is full.
     """
     manifest_file = storage.join(directory, MANIFEST)
     if storage.exists(manifest_file):
-        return _tidied(open_dataset(directory))
+        return _remove_leftovers(open_dataset(directory))
     try:
         with storage.full_disk_is_user_error(directory):
-            manifest = _make(corpus, tokenizer, directory, progress, resources)
+            manifest = _build(corpus, tokenizer, directory, progress, resources)
             storage.write_json(manifest_file, manifest.model_dump(mode="json"))
     except Exception as error:
-        if not storage.exists(manifest_file):  # else somebody made the same, and cleared our unfinished files away
+        if not storage.exists(manifest_file):  # else another process finished this dataset and removed our work files
             if user_error := find_user_error(error):
                 raise user_error from None
             raise
-    return _tidied(open_dataset(directory))
+    return _remove_leftovers(open_dataset(directory))
 
 
-def _tidied(dataset: Dataset) -> Dataset:
-    """The dataset, with nothing beside it of what was made on the way, or left by tries that were killed."""
-    whole = {MANIFEST, TOKENIZER, *(shard.name for shard in dataset.manifest.shards)}
+def _remove_leftovers(dataset: Dataset) -> Dataset:
+    """Remove the work files of this and of killed attempts from a finished dataset, and return it."""
+    complete = {MANIFEST, TOKENIZER, *(shard.name for shard in dataset.manifest.shards)}
     for name in storage.names(dataset.directory):
-        made = storage.final_name(name)
-        if name == PARTS or (name not in whole and (made in whole or made.endswith(".parquet"))):
+        final = storage.final_name(name)
+        if name == WORK_DIRECTORY or (name not in complete and (final in complete or final.endswith(".parquet"))):
             storage.remove(storage.join(dataset.directory, name))
     return dataset
 
 
-def _make(
-    corpus: CorpusConfig, config: TokenizerConfig, directory: str, progress: Progress, resources: PrepareResources
+def _build(
+    corpus: CorpusConfig, config: TokenizerConfig, directory: str, progress: ReportProgress, resources: PrepareResources
 ) -> Manifest:
+    """Write the tokenizer and all shards, and return the manifest."""
     parse_template(corpus.template)
     files = sources.list_files(corpus)
     key = dataset_key(corpus, config, files)
     if cluster.is_too_small(resources, 1):
         progress(f"waiting: {cluster.describe_shortage('prepare', resources)}")
-    in_parallel = partial(_in_parallel, resources)
-    partitions = sources.plan(files, corpus, partial(_map, in_parallel))
-    progress(sources.describe(partitions))
+    in_parallel = partial(run_in_parallel, resources)
+    partitions = sources.plan(files, corpus, partial(map_in_parallel, in_parallel))
+    progress(sources.describe_plan(partitions))
     tokenizer = _make_tokenizer(corpus, config, partitions, directory, key, progress, in_parallel)
     context = ShardContext(directory, corpus, tokenizer.digest)
     context = replace(
         context, parallel=len(partitions) * resources.cpus < cluster.total_resources(resources.labels)["CPU"]
     )
     key = content_key(key, tokenizer.digest)
-    drafts = _drafts(context, key, partitions, progress, in_parallel)
-    equal, similar = _repeated(context, drafts, progress)
-    parts = _finish(
-        context, key, drafts, {i: _either(equal, similar, i) for i in {*equal, *similar}}, progress, in_parallel
-    )
-    dropped = sum((Counter(part.dropped) for part in parts), Counter[str]())
+    drafts = _write_drafts(context, key, partitions, progress, in_parallel)
+    equal, similar = _find_repeated(context, drafts, progress)
+    repeated = {index: _union(equal, similar, index) for index in {*equal, *similar}}
+    results = _write_shards(context, key, drafts, repeated, progress, in_parallel)
+    dropped = sum((Counter(result.dropped) for result in results), Counter[str]())
     for reason, masks in (("duplicate", equal), ("near_duplicate", similar)):
         dropped += Counter({reason: int(sum(mask.sum() for mask in masks.values()))})
-    return _manifest(parts, dropped, corpus, config, tokenizer)
+    return _manifest(results, dropped, corpus, config, tokenizer)
 
 
 def recorded_sources(corpus: CorpusConfig) -> list[Source]:
-    """What the manifest of a dataset would say of its sources as they are now, all of which are read for that.
+    """Read all sources and return their entries in the manifest of a dataset prepared now.
 
-    Raises UserError as `documents` does."""
-    read: list[SpanSource] = []
+    Raises UserError as `documents` does.
+    """
+    spans: list[SpanSource] = []
     for partition in sources.plan(sources.list_files(corpus), corpus):
         for span in partition:
             report = Report()
             deque(documents(span, corpus, report), maxlen=0)
-            read.append(SpanSource(span.file.path, span.file.name, span.file.size, report.digests[0]))
-    return _by_file(read)
+            spans.append(SpanSource(span.file.path, span.file.name, span.file.size, report.digests[0]))
+    return _merge_spans(spans)
 
 
-def _by_file(spans: Iterable[SpanSource]) -> list[Source]:
+def _merge_spans(spans: Iterable[SpanSource]) -> list[Source]:
+    """Return one source per file, with one digest over the digests of its spans."""
     digests: dict[tuple[str, str, int], list[str]] = {}
     for path, name, size, digest in spans:
         digests.setdefault((path, name, size), []).append(digest)
@@ -147,25 +147,26 @@ def _manifest(
     config: TokenizerConfig,
     tokenizer: Tokenizer,
 ) -> Manifest:
-    made = [shard for part in parts for shard in part.shards]
+    """Combine the results of all partitions. Raises UserError if a split has no document."""
+    all_shards = [shard for part in parts for shard in part.shards]
     train, heldout = (
-        sum((shard.counts for shard in made if shard.split == split), Counts()) for split in ("train", "heldout")
+        sum((shard.counts for shard in all_shards if shard.split == split), Counts()) for split in ("train", "heldout")
     )
     examples = [example for part in parts for example in part.examples][:_EXAMPLES]
     if not train.documents:
-        left = "".join(f"; {count:,} dropped: {reason}" for reason, count in sorted(dropped.items()))
+        reasons = "".join(f"; {count:,} dropped: {reason}" for reason, count in sorted(dropped.items()))
         first = f"; {examples[0]}" if examples else ""
-        raise UserError(f"corpus.sources: no document to train on in {', '.join(corpus.sources)}{left}{first}")
+        raise UserError(f"corpus.sources: no document to train on in {', '.join(corpus.sources)}{reasons}{first}")
     if not heldout.documents:
         raise UserError(
             f"corpus.heldout_share = {corpus.heldout_share}: none of the {train.documents:,} documents is held out; "
-            "raise the share, or cut the corpus finer with corpus.partition_bytes"
+            "raise it, or lower corpus.partition_bytes, which cuts large text files into more documents"
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         corpus=corpus,
         tokenizer=config,
-        sources=_by_file(source for part in parts for source in part.sources),
+        sources=_merge_spans(source for part in parts for source in part.sources),
         train=train,
         heldout=heldout,
         dropped=dict(sorted(dropped.items())),
@@ -175,7 +176,7 @@ def _manifest(
         end_of_text=tokenizer.end_of_text,
         tokenizer_digest=tokenizer.digest,
         heldout_digest=f"{sum(int(part.heldout, 16) for part in parts) % 2**256:064x}",
-        shards=made,
+        shards=all_shards,
     )
     return manifest.model_copy(update={"digest": manifest.content_digest()})
 
@@ -189,36 +190,37 @@ def _make_tokenizer(
     partitions: list[Partition],
     directory: str,
     key: str,
-    progress: Progress,
+    progress: ReportProgress,
     in_parallel: InParallel,
 ) -> Tokenizer:
-    """Load or train the tokenizer, and write it to the dataset; an earlier try's is used again."""
-    marker = storage.join(directory, PARTS, TOKENIZER)
-    if storage.exists(marker) and (made := storage.read_json(marker))["key"] == key:
-        return load_tokenizer(directory, made["digest"])
+    """Load or train the tokenizer and write it to the dataset, or load the one that an earlier attempt wrote."""
+    marker = storage.join(directory, WORK_DIRECTORY, TOKENIZER)
+    if storage.exists(marker) and (written := storage.read_json(marker))["key"] == key:
+        return load_tokenizer(directory, written["digest"])
     if config.path:
         tokenizer = tokenizers.load(config.path)
     else:
-        progress(f"making a {config.kind} tokenizer")
-        [(_, made_json)] = in_parallel(_train, [(corpus, config, partitions)])
-        tokenizer = Tokenizer(made_json)
+        progress(f"training a {config.kind} tokenizer")
+        [(_, tokenizer_json)] = in_parallel(_train_task, [(corpus, config, partitions)])
+        tokenizer = Tokenizer(tokenizer_json)
     storage.write_bytes(storage.join(directory, TOKENIZER), tokenizer.json)
     storage.write_json(marker, {"key": key, "digest": tokenizer.digest})
     return tokenizer
 
 
-def _train(task: tuple[CorpusConfig, TokenizerConfig, list[Partition]]) -> bytes:
-    corpus, config, partitions = task
+def _train_task(item: tuple[CorpusConfig, TokenizerConfig, list[Partition]]) -> bytes:
+    """Train the tokenizer on a sample of the corpus and return its JSON."""
+    corpus, config, partitions = item
     return tokenizers.train_tokenizer(config, _sample(corpus, config.sample_bytes, partitions)).json
 
 
 def _sample(corpus: CorpusConfig, sample_bytes: int, partitions: list[Partition]) -> Iterator[str]:
-    """About `sample_bytes` of training text from all over the corpus: pieces of it, in the order of a hash.
+    """Yield about `sample_bytes` of training text: spans of the whole corpus, in the order of a hash.
 
-    A file that cannot be cut gives only a share of its documents, so that no one file is the whole sample.
+    Of a file that cannot be cut only a share of the documents is sampled, so that no single file is the whole sample.
     """
-    piece = min(_PIECE_BYTES, corpus.partition_bytes)
-    spans = [fine for partition in partitions for span in partition for fine in sources.cut_finer(span, piece)]
+    span_bytes = min(_SAMPLE_SPAN_BYTES, corpus.partition_bytes)
+    spans = [piece for partition in partitions for span in partition for piece in sources.cut_finer(span, span_bytes)]
     sizes = [span.size * (1 if span.file.divisible else _EXPANSION) for span in spans]
     total, taken = sum(sizes), 0.0
     for index in sorted(range(len(spans)), key=lambda index: document_hash(str(index).encode())):
@@ -240,23 +242,23 @@ def _sample(corpus: CorpusConfig, sample_bytes: int, partitions: list[Partition]
 # The partitions
 
 
-def _drafts(
-    context: ShardContext, key: str, partitions: list[Partition], progress: Progress, in_parallel: InParallel
+def _write_drafts(
+    context: ShardContext, key: str, partitions: list[Partition], progress: ReportProgress, in_parallel: InParallel
 ) -> list[PartitionResult]:
-    """What comes of each partition. One that fails does not keep the others from being finished."""
-    parts = _finished(context, key, "draft")
+    """Write the drafts of the pending partitions and return all results. If one fails, the others still finish."""
+    parts = _load_results(context, key, "draft")
     earlier = sum((part.counts for part in parts.values()), Counts())
-    begun, made = time.monotonic(), Counts()
+    started, new = time.monotonic(), Counts()
     failed: dict[int, UserError] = {}
-    left = [(index, partition) for index, partition in enumerate(partitions) if index not in parts]
-    task = partial(_draft, context=context, key=key)
-    for (index, _), part in in_parallel(task, left, failed):
+    pending = [(index, partition) for index, partition in enumerate(partitions) if index not in parts]
+    task = partial(_draft_task, context=context, key=key)
+    for (index, _), part in in_parallel(task, pending, failed):
         parts[index] = part
-        made += part.counts
-        done = earlier + made
+        new += part.counts
+        done = earlier + new
         progress(
             f"{len(parts)}/{len(partitions)} partitions, {done.documents:,} documents, "
-            f"{done.bytes / 1e6:,.1f} MB, {made.bytes / 1e6 / (time.monotonic() - begun):,.1f} MB/s"
+            f"{done.bytes / 1e6:,.1f} MB, {new.bytes / 1e6 / (time.monotonic() - started):,.1f} MB/s"
         )
     if failed:
         more = f" (and {len(failed) - 1:,} more partitions failed)" if len(failed) > 1 else ""
@@ -264,17 +266,18 @@ def _drafts(
     return [parts[index] for index in range(len(partitions))]
 
 
-def _draft(item: tuple[int, Partition], context: ShardContext, key: str) -> PartitionResult:
+def _draft_task(item: tuple[int, Partition], context: ShardContext, key: str) -> PartitionResult:
+    """Write the draft of one partition, and save its result."""
     index, partition = item
     part = shards.draft(context, index, partition)
-    _save(context, key, "draft", index, part)
+    _save_result(context, key, "draft", index, part)
     return part
 
 
-def _repeated(
-    context: ShardContext, drafts: list[PartitionResult], progress: Progress
+def _find_repeated(
+    context: ShardContext, drafts: list[PartitionResult], progress: ReportProgress
 ) -> tuple[dict[int, duplicates.Array], dict[int, duplicates.Array]]:
-    """Masks of the documents that equal, or are similar to, an earlier one, by partition."""
+    """Return the masks of the documents that equal, and of those that are similar to, an earlier one, by partition."""
     if context.corpus.deduplicate == "none":
         return {}, {}
     counts = [part.documents for part in drafts]
@@ -287,111 +290,53 @@ def _repeated(
     )
 
 
-def _either(first: dict[int, duplicates.Array], second: dict[int, duplicates.Array], index: int) -> duplicates.Array:
+def _union(first: dict[int, duplicates.Array], second: dict[int, duplicates.Array], index: int) -> duplicates.Array:
+    """Return the mask of the documents of a partition that are in either mask."""
     masks = [masks[index] for masks in (first, second) if index in masks]
     return np.logical_or.reduce(masks)
 
 
-def _finish(
+def _write_shards(
     context: ShardContext,
     key: str,
     drafts: list[PartitionResult],
     repeated: dict[int, duplicates.Array],
-    progress: Progress,
+    progress: ReportProgress,
     in_parallel: InParallel,
 ) -> list[PartitionResult]:
-    """Put the shards in their place: the drafts themselves, or what is left of them without the repeated documents."""
-    parts = _finished(context, key, "final")
-    left = [(index, drafts[index], repeated[index]) for index in sorted(repeated) if index not in parts]
-    for (index, *_), part in in_parallel(partial(_without, context=context, key=key), left):
+    """Write the final shards and return the results: drafts are moved, or rewritten without repeated documents."""
+    parts = _load_results(context, key, "final")
+    pending = [(index, drafts[index], repeated[index]) for index in sorted(repeated) if index not in parts]
+    for (index, *_), part in in_parallel(partial(_rewrite_task, context=context, key=key), pending):
         parts[index] = part
-        progress(f"{len(parts)}/{len(repeated)} partitions without their duplicates")
+        progress(f"{len(parts)}/{len(repeated)} partitions rewritten without duplicates")
     for index, part in enumerate(drafts):
         for shard in part.shards if index not in repeated else ():
-            storage.move(context.part_file(shard.name), storage.join(context.directory, shard.name))
+            storage.move(context.work_file(shard.name), storage.join(context.directory, shard.name))
     return [parts.get(index, part) for index, part in enumerate(drafts)]
 
 
-def _without(item: tuple[int, PartitionResult, duplicates.Array], context: ShardContext, key: str) -> PartitionResult:
+def _rewrite_task(
+    item: tuple[int, PartitionResult, duplicates.Array], context: ShardContext, key: str
+) -> PartitionResult:
+    """Write the shards of one partition without its repeated documents, and save the result."""
     index, draft, repeated = item
     part = shards.rewrite_without(context, index, draft, repeated)
-    _save(context, key, "final", index, part)
+    _save_result(context, key, "final", index, part)
     return part
 
 
-def _save(context: ShardContext, key: str, step: str, index: int, part: PartitionResult) -> None:
+def _save_result(context: ShardContext, key: str, step: str, index: int, part: PartitionResult) -> None:
     record = {"key": key, "part": part.model_dump(mode="json")}
-    storage.write_json(context.part_file(f"{step}-{index:05d}.json"), record)
+    storage.write_json(context.work_file(f"{step}-{index:05d}.json"), record)
 
 
-def _finished(context: ShardContext, key: str, step: str) -> dict[int, PartitionResult]:
-    """What earlier tries of the same dataset have saved."""
+def _load_results(context: ShardContext, key: str, step: str) -> dict[int, PartitionResult]:
+    """Return the results that earlier attempts at the same dataset have saved, by partition."""
     parts = {}
-    for name in storage.names(storage.join(context.directory, PARTS)):
+    for name in storage.names(storage.join(context.directory, WORK_DIRECTORY)):
         if name.startswith(f"{step}-") and name.endswith(".json"):
-            record = storage.read_json(context.part_file(name))
+            record = storage.read_json(context.work_file(name))
             if record["key"] == key:
                 parts[int(name.removeprefix(f"{step}-")[:-5])] = PartitionResult.model_validate(record["part"])
     return parts
-
-
-# Ray
-
-
-def _map(in_parallel: InParallel, function: Callable[..., Any], items: Iterable[Any]) -> Iterable[Any]:
-    """`map`, by Ray."""
-    given = list(items)
-    done = dict(in_parallel(function, given))
-    return [done[item] for item in given]
-
-
-def _in_parallel(
-    resources: PrepareResources,
-    function: Callable[[Any], Any],
-    items: list[Any],
-    failed: dict[int, UserError] | None = None,
-) -> Iterator[tuple[Any, Any]]:
-    """Yield (item, function(item)) as each one is ready. A task whose worker dies is tried again.
-
-    Raises the first UserError; with `failed`, which takes them by the item's first element, all items are tried.
-    """
-    import ray.data
-
-    if not items:
-        return
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    with ray.data.DataContext.current(context):
-        rows = ray.data.from_items(
-            [{"index": index, "item": pickle.dumps(item)} for index, item in enumerate(items)],
-            override_num_blocks=len(items),
-        )
-        with warnings.catch_warnings():
-            # Ray 2.60 calls this way to set max_retries deprecated, and has no other; its default is for ever.
-            warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
-            results = rows.map(
-                partial(_task, function=function),
-                num_cpus=resources.cpus,
-                memory=resources.memory,
-                label_selector=resources.labels or None,
-                max_retries=3,
-            )
-        for row in results.iter_rows():
-            item, result = items[row["index"]], pickle.loads(row["result"])
-            if not isinstance(result, UserError):
-                yield item, result
-            elif failed is None:
-                raise result
-            else:
-                failed[item[0]] = result
-
-
-def _task(row: dict[str, Any], function: Callable[[Any], Any]) -> dict[str, Any]:
-    """Items and results are objects of ours, which pass from process to process in Ray's memory, never by a file."""
-    try:
-        with storage.full_disk_is_user_error("shards"):
-            result = function(pickle.loads(row["item"]))
-    except UserError as error:  # a value, since Ray would log and retry what is raised
-        result = error
-    return {"index": row["index"], "result": pickle.dumps(result)}

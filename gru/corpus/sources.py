@@ -1,7 +1,7 @@
-"""Where text lies: finds the input files and cuts them into partitions.
+"""The sources: finds the input files and groups them into partitions.
 
-A file is cut at any byte; whoever reads a span moves its ends on to the next border of documents. This module does
-not know what is in the files, nor who works through the partitions.
+A file is cut at any byte; the reader of a span moves both ends forward to the next boundary between documents. This
+module does not know what the files contain, or who processes the partitions.
 """
 
 import math
@@ -28,7 +28,7 @@ _KINDS: dict[str, Kind] = {
     **{".txt": "text", ".text": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"},
     **{".csv": "csv", ".tsv": "csv", ".parquet": "parquet"},
 }
-# Text as well, but found beside a corpus as often as in one: read only if asked for.
+# Text as well, but as often beside a corpus as part of it: read only if the user names or includes it.
 _ALSO_TEXT: dict[str, Kind] = dict.fromkeys(
     [".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".rs", ".go"], "text"
 )
@@ -38,34 +38,36 @@ _STDLIB_SKIPPED = {
     *("site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "idle_test", "lib2to3"),
     *("encodings", "pydoc_data", "turtledemo", "ensurepip", "lib-dynload"),
 }  # fmt: skip
-_CHUNK = 1 << 16
 
 Mapper = Callable[[Callable[..., Any], Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    path: str  # absolute, or a URL
-    size: int
-    modified: str  # whatever names this version of the file: its time of change or ETag
+    """An input file."""
+
+    path: str  # absolute path, or a URL
+    size: int  # in bytes
+    modified: str  # version of the file: its modification time or ETag
     kind: Kind
-    compression: str  # ".gz", ".zst", ".bz2", ".xz" or none
-    name: str  # what a dataset's rows call it: its path below the source it was found by
-    seekable: bool = True  # false: the server sends it from the beginning only
+    compression: str  # ".gz", ".zst", ".bz2", ".xz" or ""
+    name: str  # its name in the dataset: its path below the source that it belongs to
+    seekable: bool = True  # False: the server sends it from the beginning only
 
     @property
     def divisible(self) -> bool:
+        """Whether the file may be cut into spans."""
         return self.kind != "json" and not self.compression and self.seekable
 
     def open(self) -> IO[bytes]:
-        """Raises OSError."""
+        """Open the file for reading bytes. Raises OSError."""
         if "://" not in self.path:
-            return open(self.path, "rb")  # noqa: PTH123  (a Path would take longer than the opening)
+            return open(self.path, "rb")  # noqa: PTH123  (making a Path takes longer than opening)
         options = {} if self.seekable else {"block_size": 0}
         return fsspec.open(self.path, "rb", **options).open()
 
     def changed(self, file: IO[bytes]) -> bool:
-        """Whether the file, which is open, is no more the one that was listed."""
+        """Whether the open file is no longer the one that was listed."""
         if "://" not in self.path:
             stat = os.fstat(file.fileno())
             return (stat.st_size, str(stat.st_mtime)) != (self.size, self.modified)
@@ -77,16 +79,17 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes [start, end) of a file; where it is cut, both ends move on to the next border of documents."""
+    """Bytes [start, end) of a file; where the file is cut, both ends move forward to the next document boundary."""
 
     file: SourceFile
     start: int
     end: int
     heldout: bool | None  # None: each document's hash decides
-    quoted: tuple[bool, bool] = (False, False)  # CSV: whether the start and the end are inside of quotes
+    quoted: tuple[bool, bool] = (False, False)  # CSV: whether the start and the end are inside quotes
 
     @property
     def whole(self) -> bool:
+        """Whether the span is the whole file."""
         return self.start == 0 and self.end == self.file.size
 
     @property
@@ -98,19 +101,20 @@ Partition = tuple[Span, ...]
 
 
 def list_files(corpus: CorpusConfig) -> list[SourceFile]:
-    """The files that the sources name, in the order of the sources and sorted within each.
+    """Return the files of all sources, in the order of the sources and sorted within each, without repetitions.
 
-    Raises UserError if a source is absent, holds nothing, or is of an unknown format.
+    Raises UserError if a source is absent, has no file to read, or has an unknown format.
     """
-    found: dict[str, SourceFile] = {}
+    by_path: dict[str, SourceFile] = {}
     for source in corpus.sources:
         files = _standard_library() if source in BUILT_IN_SOURCES else _find(source, corpus)
         for file in files:
-            found.setdefault(file.path, file)
-    return list(found.values())
+            by_path.setdefault(file.path, file)
+    return list(by_path.values())
 
 
 def _find(source: str, corpus: CorpusConfig) -> list[SourceFile]:
+    """Return the files of one source: a file, a directory or a glob, as a path or a URL."""
     url = source if "://" in source else str(Path(source).expanduser().absolute())
     try:
         filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -137,21 +141,22 @@ def _find(source: str, corpus: CorpusConfig) -> list[SourceFile]:
         ]
     except FileNotFoundError:
         raise UserError(f"corpus.sources: no such file: {source}") from None
-    except Exception as error:  # each file system has its own
+    except Exception as error:  # each file system has its own types of errors
         if isinstance(error, UserError):
             raise
         raise UserError(f"corpus.sources: cannot read {source}: {error}") from None
     if not files:
-        kept = " after corpus.include and corpus.exclude" if corpus.include or corpus.exclude else ""
+        filtered = " after corpus.include and corpus.exclude" if corpus.include or corpus.exclude else ""
         raise UserError(
-            f"corpus.sources: nothing to read in {source}{kept}: files are known by {', '.join(_KINDS)} "
-            f"({', '.join(_COMPRESSION)}); others must be named, included or matched by a glob"
+            f"corpus.sources: nothing to read in {source}{filtered}: a directory's files are found by the extensions "
+            f"{', '.join(_KINDS)} (optionally with {', '.join(_COMPRESSION)}); name others, match them by a glob, or "
+            "add them to corpus.include"
         )
     return files
 
 
 def _is_file(name: str, info: dict[str, Any]) -> bool:
-    """Links to files are followed; those to directories are not, so that nothing is read twice or for ever."""
+    """Whether the entry is a file or a link to one. Links to directories may lead in circles, so they do not count."""
     return info["type"] == "file" or (info.get("islink", False) and Path(name).is_file())
 
 
@@ -160,6 +165,8 @@ def _hidden(label: str) -> bool:
 
 
 def _select(labels: dict[str, str], corpus: CorpusConfig, named: bool) -> dict[str, str]:
+    """Return the entries that corpus.include and corpus.exclude leave; `include` is only for directories."""
+
     def matches(key: str, patterns: list[str]) -> set[str]:
         try:
             return set(pathspec.GitIgnoreSpec.from_lines(patterns).match_files(labels.values()))
@@ -175,11 +182,12 @@ def _select(labels: dict[str, str], corpus: CorpusConfig, named: bool) -> dict[s
 def _source_file(
     filesystem: Any, url: str, name: str, label: str, info: dict[str, Any], format: str, explicit: bool
 ) -> SourceFile | None:
+    """Return the file of an entry, or None if its format is unknown and the user has not named it."""
     web = url.startswith(("http://", "https://"))
     kind, compression = _kind(name.split("?")[0] if web else name, format, explicit)
     if kind is None and explicit:
         raise UserError(
-            f"corpus.sources: {name}: its name does not tell the format: set corpus.format to one of "
+            f"corpus.sources: {name}: unknown format: set corpus.format to one of "
             f"{', '.join(dict.fromkeys(_KINDS.values()))}"
         )
     if kind is None:
@@ -190,9 +198,9 @@ def _source_file(
             f"corpus.sources: {shown}: its name is not valid UTF-8: rename it, or name it in corpus.exclude"
         )
     if info.get("size") is None:
-        raise UserError(f"corpus.sources: {name}: its size is unknown; copy it to a disk or bucket first")
+        raise UserError(f"corpus.sources: {name}: the server does not tell its size; copy it to a disk or bucket first")
     if "://" not in url:
-        stat = os.stat(name)  # noqa: PTH116  (as above); of what a link points to
+        stat = os.stat(name)  # noqa: PTH116  (as above); follows links
         return SourceFile(name, stat.st_size, str(stat.st_mtime), kind, compression, label)
     seekable = True
     if web:
@@ -210,12 +218,13 @@ def _is_unicode(name: str) -> bool:
 
 
 def _version(info: dict[str, Any]) -> str:
+    """Return what changes when a remote file changes: its modification time or ETag; empty if there is neither."""
     version = next((info[key] for key in _VERSION_KEYS if info.get(key)), "")
-    return str(version.timestamp() if isinstance(version, datetime) else version)  # one of many, or of one file
+    return str(version.timestamp() if isinstance(version, datetime) else version)
 
 
 def _kind(name: str, format: str, explicit: bool) -> tuple[Any, str]:
-    """(kind or None, compression) of a file; one that is named has the format set, whatever its extension."""
+    """Return (kind or None, compression) of a file. For an explicit one corpus.format counts, not its extension."""
     stem, extension = os.path.splitext(name.lower())  # noqa: PTH122  (as above)
     compression = extension if extension in _COMPRESSION else ""
     if compression:
@@ -229,6 +238,7 @@ def _kind(name: str, format: str, explicit: bool) -> tuple[Any, str]:
 
 
 def _standard_library() -> list[SourceFile]:
+    """Return the Python files of the running interpreter's standard library."""
     root = Path(sysconfig.get_path("stdlib"))
     paths: list[Path] = []
     for folder, folders, names in os.walk(root):
@@ -241,49 +251,50 @@ def _standard_library() -> list[SourceFile]:
 
 
 def plan(files: list[SourceFile], corpus: CorpusConfig, mapper: Mapper = map) -> list[Partition]:
-    """Group the files, in order, into partitions of about `partition_bytes`, cutting those that are larger.
+    """Group the files, in order, into partitions of about `partition_bytes`; larger files are cut.
 
-    mapper: a `map` that may work in parallel, for the quotes of large CSV files, which are counted once.
-    Raises UserError if the corpus has a held-out tail but cannot be cut into two.
+    mapper: a `map`, possibly parallel, that counts the quotes in the spans of large CSV files.
+    Raises UserError if the corpus has a held-out tail but cannot be cut in two.
     """
     groups: list[list[Span]] = []
-    room = 0
+    free_bytes = 0
     for span in _with_quotes(list(_spans(files, corpus)), mapper):
-        if not groups or span.size > room:
+        if not groups or span.size > free_bytes:
             groups.append([])
-            room = corpus.partition_bytes
+            free_bytes = corpus.partition_bytes
         groups[-1].append(span)
-        room -= span.size
+        free_bytes -= span.size
     return [tuple(group) for group in groups]
 
 
-def describe(partitions: list[Partition]) -> str:
-    """The plan in one line: files, bytes, partitions, and which files are too large for how they can be cut."""
+def describe_plan(partitions: list[Partition]) -> str:
+    """Return the plan in one line: number of files, bytes, partitions, and files that cannot be cut."""
     files = {span.file.path: span.file for partition in partitions for span in partition}
     whole = [file for file in files.values() if not file.divisible]
     size = sum(file.size for file in files.values())
     text = f"{_count(len(files), 'file')}, {size / 1e6:,.1f} MB, {_count(len(partitions), 'partition')}"
     if whole:
-        text += f"; {len(whole):,} cannot be cut (compressed, .json, or sent from the beginning only)"
+        text += f"; {_count(len(whole), 'file')} cannot be cut (compressed, .json, or from a server without ranges)"
     return text
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _spans(files: list[SourceFile], corpus: CorpusConfig) -> Iterator[Span]:
+    """Yield the spans of all files, cut where the held-out tail begins and about every `partition_bytes`."""
     if corpus.heldout == "hash":
         for file in files:
             yield from _cut(file, 0, file.size, None, corpus.partition_bytes)
         return
     total = sum(file.size for file in files)
-    border = total - math.ceil(total * corpus.heldout_share)
+    tail_start = total - math.ceil(total * corpus.heldout_share)
     heldout = trained = before = 0
     for file in files:
-        cut = min(max(border - before, 0), file.size)
+        cut = min(max(tail_start - before, 0), file.size)
         if not file.divisible:
-            cut = file.size if cut * 2 > file.size else 0  # it belongs to where the larger part of it lies
+            cut = file.size if cut * 2 > file.size else 0  # the larger part of the file decides
         if cut or not file.size:
             yield from _cut(file, 0, cut, False, corpus.partition_bytes)
         if cut < file.size:
@@ -296,19 +307,20 @@ def _spans(files: list[SourceFile], corpus: CorpusConfig) -> Iterator[Span]:
 
 
 def _cut(file: SourceFile, start: int, end: int, heldout: bool | None, size: int) -> Iterator[Span]:
+    """Yield spans of equal size, at most `size` bytes each, for bytes [start, end) of a file."""
     pieces = max(math.ceil((end - start) / size), 1) if file.divisible else 1
-    borders = [start + (end - start) * i // pieces for i in range(pieces + 1)]
-    for left, right in pairwise(borders):
+    cuts = [start + (end - start) * i // pieces for i in range(pieces + 1)]
+    for left, right in pairwise(cuts):
         yield Span(file, left, right, heldout)
 
 
 def cut_finer(span: Span, size: int) -> list[Span]:
-    """The span in pieces of about `size` bytes, where that takes no look into the file."""
+    """Return the span cut into spans of about `size` bytes; a CSV span is not cut, which needs its quotes."""
     return [span] if span.file.kind == "csv" else list(_cut(span.file, span.start, span.end, span.heldout, size))
 
 
 def _with_quotes(spans: list[Span], mapper: Mapper) -> Iterator[Span]:
-    """Tell the spans of a CSV file that is cut whether their ends are inside of quotes: an odd number before them."""
+    """Set `quoted` of the spans of CSV files that are cut: a byte is inside quotes if an odd number precede it."""
     cut = [span for span in spans if span.file.kind == "csv" and not span.whole]
     counts = iter(mapper(_count_quotes, cut))
     inside: dict[str, bool] = {}
@@ -321,64 +333,12 @@ def _with_quotes(spans: list[Span], mapper: Mapper) -> Iterator[Span]:
 
 
 def _count_quotes(span: Span) -> int:
+    """Return the number of double quotes in a span."""
     with span.file.open() as file:
         file.seek(span.start)
         blocks = iter(partial(file.read, 1 << 20), b"")
-        count, left = 0, span.size
-        while left > 0 and (block := next(blocks, b"")):
-            count += block[:left].count(b'"')
-            left -= len(block)
+        count, remaining = 0, span.size
+        while remaining > 0 and (block := next(blocks, b"")):
+            count += block[:remaining].count(b'"')
+            remaining -= len(block)
         return count
-
-
-def borders(file: IO[bytes], span: Span, separator: bytes = b"\n") -> tuple[int, int]:
-    """Where the span really starts and ends in the file: behind the first separator that ends after its own ends.
-
-    The two ends of the file stay. In CSV a separator in quotes is none; in Parquet the span's row groups are those
-    that start in it.
-    """
-    if span.file.kind == "parquet":
-        return span.start, span.end
-    quoted = span.quoted if span.file.kind == "csv" else (None, None)
-    start, end = (
-        position if position in (0, span.file.size) else _next_border(file, position, separator, inside)
-        for position, inside in zip((span.start, span.end), quoted, strict=True)
-    )
-    return start, end
-
-
-def _next_border(file: IO[bytes], position: int, separator: bytes, quoted: bool | None) -> int:
-    """quoted: whether `position` is in quotes; None where quotes mean nothing. Without a border: the file's end."""
-    limit = position
-    position = _apart(file, max(0, position - len(separator) + 1), separator)
-    file.seek(position)
-    data = b""
-    while chunk := file.read(_CHUNK):
-        data += chunk
-        done = 0
-        while (found := data.find(separator, done)) >= 0:
-            if quoted is not None:
-                quoted ^= data.count(b'"', done, found) % 2 == 1
-            done = found + len(separator)
-            if not quoted and position + done > limit:
-                return position + done
-        keep = max(done, len(data) - len(separator) + 1)
-        if quoted is not None:
-            quoted ^= data.count(b'"', done, keep) % 2 == 1
-        position, data = position + keep, data[keep:]
-    return position + len(data)
-
-
-def _apart(file: IO[bytes], position: int, separator: bytes) -> int:
-    """`position`, or one before it into which no separator reaches: from there separators that overlap, such as
-    empty lines, are told apart as from the beginning of the file.
-    """
-    reach = len(separator) - 1
-    while position and reach:
-        start = max(0, position - reach)
-        file.seek(start)
-        found = file.read(position - start + reach).find(separator)
-        if found < 0:
-            break
-        position = start + found
-    return position

@@ -1,7 +1,7 @@
-"""Text to token ids and back, with a vocabulary kept as a Hugging Face `tokenizer.json`.
+"""The tokenizer: text to token ids and back, with the vocabulary in a Hugging Face `tokenizer.json`.
 
-Three kinds: byte-level BPE, characters, and bytes. All of them give back exactly the text they were given,
-whatever it holds: what looks like a special token in a text is text. Knows nothing of shards, or of models.
+There are three kinds: byte-level BPE, characters, and bytes. Decoding returns exactly the encoded text, whatever it
+contains: a special token written in a text is encoded as text. This module does not know shards or models.
 """
 
 import hashlib
@@ -23,15 +23,15 @@ from gru.config import TokenizerConfig
 from gru.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-_OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")  # of tokenizers made elsewhere
+_OTHER_ENDS = ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")  # of other projects' tokenizers
 
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
 Ends = np.ndarray[Any, np.dtype[np.int64]]
 _Encoder = Callable[[list[str], bool], tuple[Ids, Ends]]
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_RENEWED_AFTER = 1 << 24  # tokens
+_RECREATE_TOKENS = 1 << 24  # tokens after which gigatoken's tokenizer, which caches all words, is created again
 _SEPARATOR = b"\xff"  # occurs in no UTF-8 text
-# Where BPE libraries come to differ: spaces, contractions, digits, scripts, controls, false special tokens.
+# Text that BPE libraries encode differently: spaces, contractions, digits, scripts, controls, false special tokens.
 _PROBE = (
     "def f(x):\n\tif x >= 10:\r\n        return  it's, they'll  \n\n\n3.14159 \u2028\u00a0 naïve Ünï½ e\u0301 "
     f"白日依山盡，黃河入海流。 Привет नमस्ते 👩‍👩‍👧 \x00\x1f\ufeff {END_OF_TEXT}{END_OF_TEXT} <s>  "
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """Raises UserError if the JSON is not a tokenizer of one of the three kinds."""
+    """A tokenizer.json, ready to encode and decode. Raises UserError if it is not one of the three kinds."""
 
     def __init__(self, json_bytes: bytes) -> None:
         self.json = json_bytes
@@ -53,10 +53,10 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError("not a tokenizer.json of byte-level BPE, characters or bytes") from None
+            raise UserError("not a tokenizer.json of kind bpe (byte-level), char or byte") from None
         ends = [added[name] for name in (END_OF_TEXT, *_OTHER_ENDS) if name in added]
         if not ends:
-            raise UserError(f"has no {END_OF_TEXT} token, which is what ends a document")
+            raise UserError(f"has no {END_OF_TEXT} token, which must end each document")
         self.end_of_text: int = ends[0]
         self.vocab_size = max([*vocab.values(), *added.values()]) + 1
         self.token_bytes = [b""] * self.vocab_size
@@ -70,28 +70,30 @@ class Tokenizer:
             single = {bytes([byte]): vocab.get(f"<0x{byte:02X}>") for byte in range(256)}
         self._byte_ids = [single.get(bytes([byte])) for byte in range(256)]
         if None in self._byte_ids:
-            raise UserError("its vocabulary lacks some of the 256 bytes, so there is text that it cannot hold")
+            raise UserError("its vocabulary must contain all 256 bytes, or it cannot encode every text")
 
     @property
     def backend(self) -> str:
-        """What encodes: `table`, `gigatoken` or `tokenizers`."""
+        """The encoder in use: `table`, `gigatoken` or `tokenizers`."""
         return self._encoder[0]
 
     def encode(self, text: str) -> Ids:
-        """Token ids [tokens] of a text, without end of text."""
+        """Return the token ids [tokens] of a text, without end of text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str], parallel: bool = False) -> tuple[Ids, Ends]:
-        """Token ids [tokens] of many texts end to end, and where each one ends [texts].
+        """Return the token ids [tokens] of many texts end to end, and the end [texts] of each text in them.
 
-        parallel: with all of the processor's cores, where the library can.
+        parallel: whether to use all cores, if the library can.
         """
         return self._encoder[1](texts, parallel)
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids, with U+FFFD in place of incomplete characters."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of token ids."""
         pieces = self.token_bytes
         return b"".join([pieces[index] for index in (ids.tolist() if isinstance(ids, np.ndarray) else ids)])
 
@@ -99,20 +101,21 @@ class Tokenizer:
     def _encoder(self) -> tuple[str, _Encoder]:
         if self._is_table:
             return "table", self._table_encoder()
-        # Without its added tokens, a library has nothing to find in a text but text.
+        # Without added tokens, the libraries find no special tokens in a text.
         plain = json.dumps(json.loads(self.json) | {"added_tokens": [], "post_processor": None})
         slow = _tokenizers_encoder(plain)
         try:
             fast = _gigatoken_encoder(plain)
             if np.array_equal(fast([_PROBE], False)[0], slow([_PROBE], False)[0]):
                 return "gigatoken", fast
-            reason = "its ids differ"
-        except Exception as error:  # whatever it stumbles on, the other library does the work
+            reason = "its token ids differ"
+        except Exception as error:  # whatever fails, the other library can encode
             reason = str(error)
-        _log.warning("encoding with tokenizers, which is slower: gigatoken cannot be used: %s", reason)
+        _log.warning("encoding with the slower library tokenizers, because gigatoken cannot be used: %s", reason)
         return "tokenizers", slow
 
     def _table_encoder(self) -> _Encoder:
+        """Return the encoder of characters, with bytes for those outside the vocabulary."""
         byte_ids = np.array(self._byte_ids, dtype=np.int32)
         table = np.full(0x110000, -1, dtype=np.int32)
         bytes_and_gaps = {*self._byte_ids, *(i for i, piece in enumerate(self.token_bytes) if not piece)}
@@ -138,30 +141,31 @@ class Tokenizer:
 
 
 def _check(config: dict[str, Any]) -> tuple[bool, Callable[[str], bytes]]:
-    """Whether it is a table, and what a token's bytes are."""
+    """Return whether the tokenizer is a table of characters, and the function from a token to its bytes."""
     model = config["model"]
     if model["type"] != "BPE" or config["normalizer"] is not None:
-        raise UserError("only BPE without a normalizer gives back the text it was given")
+        raise UserError("must be BPE without a normalizer, or decoding does not return the same text")
     before = config["pre_tokenizer"]
     if before is None and model["byte_fallback"] and not model["merges"]:
         return True, _table_bytes
     steps = before["pretokenizers"] if before["type"] == "Sequence" else [before]
     if steps[-1]["type"] != "ByteLevel" or steps[-1]["add_prefix_space"]:
-        raise UserError("only byte-level BPE, without a space put before the text, gives back the text")
+        raise UserError("must be byte-level BPE without add_prefix_space, or decoding does not return the same text")
     values = {char: byte for byte, char in enumerate(_byte_characters())}
     return False, lambda token: bytes(values[char] for char in token)
 
 
 def _table_bytes(token: str) -> bytes:
+    """Return the bytes of a token of a table: a character, or a byte written <0xNN>."""
     if match := _BYTE_TOKEN.fullmatch(token):
         return bytes.fromhex(match[1])
     if len(token) != 1:
-        raise UserError(f"token {token!r} is neither a character nor a byte")
+        raise UserError(f"token {token!r} must be one character or a byte such as <0x0A>")
     return token.encode()
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2's `bytes_to_unicode`)."""
+    """Return the printable character for each byte in byte-level BPE (GPT-2's `bytes_to_unicode`)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -180,14 +184,14 @@ def _tokenizers_encoder(plain: str) -> _Encoder:
 
 
 def _gigatoken_encoder(plain: str) -> _Encoder:
-    """It remembers every word that it has seen, so a new one begins again before that fills the memory."""
+    """Return gigatoken's encoder, which caches every word: it is created again before the cache fills the memory."""
     import gigatoken
 
     library, encoded = gigatoken.Tokenizer.from_json(plain), 0
 
     def encode(texts: list[str], parallel: bool) -> tuple[Ids, Ends]:
         nonlocal library, encoded
-        if encoded > _RENEWED_AFTER:
+        if encoded > _RECREATE_TOKENS:
             library, encoded = gigatoken.Tokenizer.from_json(plain), 0
         layout: Any = library.encode_batch(texts, parallel=parallel).layout
         encoded += len(layout.content.data)
@@ -197,7 +201,7 @@ def _gigatoken_encoder(plain: str) -> _Encoder:
 
 
 def load(path: str) -> Tokenizer:
-    """Read a tokenizer.json from a path or URL. Raises UserError if it cannot be used."""
+    """Read a tokenizer.json from a path or URL. Raises UserError if it is unreadable or of an unsupported kind."""
     try:
         return Tokenizer(_with_end_of_text(storage.read_bytes(path)))
     except OSError as error:
@@ -207,7 +211,7 @@ def load(path: str) -> Tokenizer:
 
 
 def _with_end_of_text(json_bytes: bytes) -> bytes:
-    """The same, or with one more token if none of it ends a document."""
+    """Return the tokenizer.json, with an end-of-text token added if it has none."""
     try:
         config = json.loads(json_bytes)
         ids = [token["id"] for token in config["added_tokens"]]
@@ -219,11 +223,11 @@ def _with_end_of_text(json_bytes: bytes) -> bytes:
         added = [*config["added_tokens"], token | flags | {"special": True}]
         return json.dumps(config | {"added_tokens": added}).encode()
     except (ValueError, KeyError, TypeError, AttributeError):
-        return json_bytes  # no tokenizer.json at all, which will be said
+        return json_bytes  # not a tokenizer.json, which the caller reports
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Make a tokenizer from a sample of text. The order of the texts makes no difference to it."""
+    """Train a tokenizer on a sample of text. The order of the texts does not matter."""
     if config.kind == "bpe":
         return _train_bpe(config.vocab_size, texts)
     counts: Counter[str] = Counter()
@@ -250,7 +254,7 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
 
 
 def _build(vocab: dict[str, int], merges: Sequence[tuple[str, str]] | None) -> Tokenizer:
-    """Byte-level BPE of these merges, or a table if there are none."""
+    """Return byte-level BPE with these merges, or a table of characters and bytes if `merges` is None."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
@@ -266,17 +270,17 @@ def _build(vocab: dict[str, int], merges: Sequence[tuple[str, str]] | None) -> T
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """gigatoken's trainer prints to the process's own stdout and stderr, below Python's."""
+    """Discard what native code prints: gigatoken's trainer writes to the process's stdout and stderr directly."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [(stream, os.dup(stream)) for stream in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
         for stream, _ in saved:
-            os.dup2(nowhere, stream)
+            os.dup2(null, stream)
         yield
     finally:
         for stream, copy in saved:
             os.dup2(copy, stream)
             os.close(copy)
-        os.close(nowhere)
+        os.close(null)

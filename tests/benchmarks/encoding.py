@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from gru.config import CorpusConfig, TokenizerConfig
 from gru.corpus import sources
-from gru.corpus.documents import Report, documents
+from gru.corpus.documents import documents
+from gru.corpus.report import Report
 from gru.corpus.tokenizer import Tokenizer, train_tokenizer
 
 

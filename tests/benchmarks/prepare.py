@@ -23,8 +23,9 @@ import psutil
 from gru.config import CorpusConfig, TokenizerConfig
 from gru.corpus import sources, tokenizer
 from gru.corpus.batches import LaneOrder, LaneReader
-from gru.corpus.documents import Report, documents
+from gru.corpus.documents import documents
 from gru.corpus.prepare import prepare
+from gru.corpus.report import Report
 from jobs import entry
 from tests.benchmarks.encoding import show
 

@@ -24,7 +24,8 @@ import torch
 
 from gru.config import CorpusConfig, ModelConfig, ServeConfig, ServeResources, TokenizerConfig
 from gru.corpus import sources, tokenizer
-from gru.corpus.documents import Report, documents
+from gru.corpus.documents import documents
+from gru.corpus.report import Report
 from gru.generation.engine import Engine
 from gru.generation.generate import Collector
 from gru.generation.request import Request

@@ -43,34 +43,42 @@ def test_json_text_is_the_same_configuration(minimal: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("train.stpes=1", "train.stpes: unknown key; known here: steps, "),
         ("trian.steps=1", "trian: unknown key; known here: name, storage, "),
-        ("train.steps=many", "train.steps: "),
-        ("train.steps='7'", "train.steps: input should be a valid integer"),
-        ("train.learning_rate=inf", "train.learning_rate: "),
-        ("registry.model=a/b", "registry.model: "),
-        ("train.steps=0", "train.steps: input should be greater than 0, not 0"),
+        ("train.steps=many", "train.steps: must be an integer, not 'many'"),
+        ("train.steps='7'", "train.steps: must be an integer, not '7'"),
+        ("train.learning_rate=inf", "train.learning_rate: must be a finite number, not inf"),
+        ("train.learning_rate=0", "train.learning_rate: must be a number > 0, not 0"),
+        ("registry.model=a/b", "registry.model: must match the regular expression ^[A-Za-z0-9]"),
+        ("train.steps=0", "train.steps: must be an integer >= 1, not 0"),
+        ("train.min_workers=0", "train.min_workers: must be an integer >= 1, not 0"),
+        ("tokenizer.vocab_size=3", "tokenizer.vocab_size: must be an integer >= 257, not 3"),
+        ("corpus.heldout_share=2", "corpus.heldout_share: must be a number < 1, not 2"),
+        ("evaluate.temperatures=[-1]", "evaluate.temperatures.0: must be a number >= 0, not -1"),
         ("train.workers=99", "train: workers = 99 exceeds batch_size = 32"),
         ("train.min_workers=2", "train: min_workers = 2 exceeds workers = 1"),
         ("train.bitwise_elastic=64", "train: bitwise_elastic = 64 exceeds batch_size = 32"),
-        ("tokenizer.kind=word", "tokenizer.kind: "),
-        ("corpus.sources=[]", "corpus.sources: "),
-        ("train", "--set train: expected section.key=value"),
-        ("name.x=1", "name: "),
-        ("resources.train.gpus=2", "resources.train.gpus: input should be less than or equal to 1, not 2"),
+        ("tokenizer.kind=word", "tokenizer.kind: must be 'bpe', 'char' or 'byte', not 'word'"),
+        ("corpus.sources=[]", "corpus.sources: must not be empty, not []"),
+        ("corpus.sources=a.txt", "corpus.sources: must be a list, not 'a.txt'"),
+        ("corpus.sources=[3]", "corpus.sources.0: must be a string, not 3"),
+        ("train=3", "train: must be a table, not 3"),
+        ("train", "--set train: must be section.key=value"),
+        ("name.x=1", "name: must be a string"),
+        ("resources.train.gpus=2", "resources.train.gpus: must be an integer <= 1, not 2"),
         ("resources.serve.gpus=1", "resources.serve.gpus: unknown key; known here: cpus, memory, labels"),
-        ("resources.train.labels.pool=-", "resources.train.labels.pool: expected a label's value, as in gpu, !gpu, "),
+        ("resources.train.labels.pool=-", "resources.train.labels.pool: must be a label's value, as in gpu, !gpu, "),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_key(minimal: Path, override: str, says: str) -> None:
-    with pytest.raises(UserError, match=re.escape(says)) as caught:
+def test_a_mistake_is_one_line_that_names_the_key(minimal: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         load(minimal, [override])
     assert "\n" not in str(caught.value)
 
 
-def test_labels_are_a_table_of_names_and_what_they_are_to_be(minimal: Path) -> None:
+def test_labels_are_a_table_of_names_and_selectors(minimal: Path) -> None:
     config = load(minimal, ['resources.train={gpus=1, labels={pool="!in(a, b)"}}', "resources.serve.labels.pool=gpu"])
     assert config.resources.train.labels == {"pool": "!in(a, b)"} and config.resources.train.gpus == 1
     assert config.resources.serve.labels == {"pool": "gpu"}
@@ -81,7 +89,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         load(tmp_path / "none.toml")
     with pytest.raises(UserError, match=r"bad\.toml: not valid TOML"):
         load(write(tmp_path / "bad.toml", "name = "))
-    with pytest.raises(UserError, match=r"corpus: required, but absent"):
+    with pytest.raises(UserError, match=r"corpus: required but absent"):
         load(write(tmp_path / "empty.toml", ""))
 
 
@@ -101,7 +109,16 @@ def test_every_key_is_described_under_its_section() -> None:
     assert {"[corpus]", "[serve]", "[serve.canary]", "[resources.train]"} <= set(text.splitlines())
 
 
-def test_keys_differ_with_what_goes_in_and_only_then(minimal: Path) -> None:
+def test_the_json_schema_describes_every_section_and_key() -> None:
+    schema = PipelineConfig.model_json_schema()
+    for name, record in {"PipelineConfig": schema, **schema["$defs"]}.items():
+        assert record["description"], name
+        for key, field in record["properties"].items():
+            described = schema["$defs"][field["$ref"].rpartition("/")[2]] if "$ref" in field else field
+            assert described["description"], f"{name}.{key}"
+
+
+def test_content_keys_differ_if_and_only_if_the_inputs_differ(minimal: Path) -> None:
     config = load(minimal)
     assert content_key("x", config.model) == content_key("x", load(minimal).model)
     assert content_key("x", config.model) != content_key("x", load(minimal, ["model.hidden=7"]).model)

@@ -1,4 +1,4 @@
-"""A person's mistake costs one clear line and status 2, before anything is half made."""
+"""A user's mistake is reported in one line with status 2, before a result is written."""
 
 import gzip
 import os
@@ -31,12 +31,12 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def shared_ray(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands join the session's Ray, which is faster than to start their own."""
+    """Let commands join the session's Ray, which is faster than starting their own."""
     monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 def fail(directory: Path, *command: str) -> str:
-    """The error line of a command that must fail for a mistake."""
+    """Return the error line of a command that must fail because of a user's mistake."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW")}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -54,7 +54,7 @@ def prepare(directory: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("train.stpes=1", "config.toml: train.stpes: unknown key"),
         ("train.steps=soon", "config.toml: train.steps: "),
@@ -62,17 +62,17 @@ def prepare(directory: Path, *overrides: str) -> str:
         ("storage=/proc/store", "storage = '/proc/store': cannot write there"),
     ],
 )
-def test_of_the_configuration(directory: Path, override: str, says: str) -> None:
-    assert re.search(says, prepare(directory, override))
+def test_a_mistake_in_the_configuration_is_named(directory: Path, override: str, message: str) -> None:
+    assert re.search(message, prepare(directory, override))
 
 
-def test_a_missing_configuration(directory: Path) -> None:
+def test_a_missing_configuration_is_named(directory: Path) -> None:
     line = fail(directory, sys.executable, "-m", "jobs.prepare", "nothing.toml")
     assert line == "error: nothing.toml: cannot read the configuration: No such file or directory"
 
 
 @pytest.mark.usefixtures("shared_ray")
-def test_an_empty_corpus(directory: Path) -> None:
+def test_an_empty_corpus_is_named(directory: Path) -> None:
     (directory / "corpus.txt").write_text("")
     assert re.search(r"no document to train on in .*corpus.txt", prepare(directory, "corpus.heldout=hash"))
 
@@ -92,13 +92,13 @@ def test_a_truncated_file_is_named(directory: Path) -> None:
     )
 
 
-def test_an_endpoint_that_could_not_be_seen_from_here(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_out_of_reach_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://head.invalid:8265")
     line = fail(directory, str(Path(sys.executable).with_name("gru")), "run", "config.toml", "--exit")
     assert "serve.host = '127.0.0.1' does not reach head.invalid (RAY_ADDRESS) from here" in line
 
 
-def test_a_stage_without_the_one_before_it(directory: Path) -> None:
+def test_a_stage_without_mlflow_is_refused(directory: Path) -> None:
     assert "MLFLOW_TRACKING_URI is not set" in fail(directory, sys.executable, "-m", "jobs.train", "config.toml")
 
 

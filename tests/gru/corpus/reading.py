@@ -1,11 +1,33 @@
-"""What the tests of the corpus share: files to read, and all the documents of a config in this process."""
+"""Shared by the tests of the corpus: sample text, compression by extension, and the documents of a config."""
 
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from gru.config import CorpusConfig
 from gru.corpus import sources
-from gru.corpus.documents import Report, documents
+from gru.corpus.documents import documents
+from gru.corpus.report import Report
+
+AWKWARD = "one\r\ntwo\u2028still two\x0cand\n\n\n😀 emoji\n黃河入海流\r\n\u2029x\ry\n\x00NUL\x00\nno end of line"
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.compress(data, codec="zstd", asbytes=True)
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": partial(gzip.compress, compresslevel=1),
+    ".zst": zstd,
+    ".bz2": bz2.compress,
+    ".xz": partial(lzma.compress, preset=0),
+}
 
 
 def write(path: Path, data: bytes) -> str:
@@ -19,12 +41,13 @@ def spans(corpus: CorpusConfig) -> list[sources.Span]:
 
 
 def read(*paths: str, **settings: Any) -> tuple[list[str], Report]:
-    """The documents of the sources, and what became of the others."""
+    """Return the documents of the sources, and the report on what was left out."""
     corpus, report = CorpusConfig(sources=[*paths], **settings), Report()
     return [text for span in spans(corpus) for text in documents(span, corpus, report)], report
 
 
 def texts(*paths: str, **settings: Any) -> list[str]:
+    """Return the documents of the sources; none may be left out."""
     found, report = read(*paths, **settings)
     assert not report.dropped, report.examples
     return found

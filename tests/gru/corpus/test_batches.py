@@ -38,7 +38,7 @@ def test_an_epoch_has_every_token_once(lanes: int, sequence_length: int) -> None
     assert len(seen) == order.stretch * lanes
 
 
-def test_a_lane_reads_on_where_it_was() -> None:
+def test_a_lane_continues_its_stretch_at_each_step() -> None:
     segments = make()
     order = LaneOrder([len(s) for s in segments], seed=3, lanes=4, sequence_length=16)
     n = order.steps_per_epoch
@@ -70,7 +70,7 @@ def test_random_access_and_any_split_of_the_lanes_give_the_same() -> None:
             r.close()
 
 
-def test_order_depends_on_the_seed_and_is_the_same_for_ever() -> None:
+def test_order_depends_on_the_seed_and_never_changes() -> None:
     def first(seed: int) -> list[int]:
         order = LaneOrder([1] * 8, seed=seed, lanes=1, sequence_length=8)
         return [segment for segment, _, _ in order.slices(0, 0, 0, 8)]
@@ -80,7 +80,7 @@ def test_order_depends_on_the_seed_and_is_the_same_for_ever() -> None:
     assert first(0) == [0, 1, 6, 3, 5, 4, 2, 7]
 
 
-def test_segments_are_kept_no_longer_than_needed() -> None:
+def test_a_lane_holds_one_segment_and_reads_it_once() -> None:
     segments, reads = [np.arange(5000)] * 40, Counter[int]()
 
     def read(index: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_segments_are_kept_no_longer_than_needed() -> None:
     with LaneReader(order, read, END, range(4)) as r:
         for step in range(order.steps_per_epoch - 300):  # before it reads ahead into the next epoch
             r.batch(step)
-        assert len(r._last) <= 4
+        assert len(r._current) <= 4
     assert max(reads.values()) <= 2  # twice if two lanes have a part of it
 
 
@@ -111,7 +111,7 @@ def test_a_failed_read_is_reported_when_its_batch_is_asked_for() -> None:
             r.batch(step)
 
 
-def test_too_few_tokens_is_said_with_the_keys() -> None:
+def test_too_few_tokens_are_reported_with_the_keys() -> None:
     message = (
         r"the corpus has 1,000 training tokens: too few for train\.batch_size = 32 lanes of "
         r"train\.sequence_length = 64 tokens"

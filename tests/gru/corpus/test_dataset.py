@@ -92,7 +92,7 @@ def test_damage_is_reported(dataset: Dataset, tmp_path: Path) -> None:
     for change in (lambda data: data[:-1], lambda data: data[:99] + bytes([data[99] ^ 1]) + data[100:]):
         with pytest.raises(UserError, match=f"{name}: damaged"):
             open_dataset(damaged(name, change)).verify()
-    with pytest.raises(UserError, match=f"{name}: damaged: not of the size"):
+    with pytest.raises(UserError, match=f"{name}: damaged: its size differs"):
         copy = open_dataset(damaged(name, lambda data: data + b"x"))
         copy.read_segment(copy.segments("train")[0])
     with pytest.raises(UserError, match=r"manifest.json: damaged"):
@@ -104,7 +104,7 @@ def test_damage_is_reported(dataset: Dataset, tmp_path: Path) -> None:
     for read in (copy.verify, lambda: list(copy.texts("train")), lambda: copy.document(0)):
         with pytest.raises(UserError, match=f"{name}: cannot be read"):
             read()
-    with pytest.raises(UserError, match=r"no dataset here: there is no manifest.json"):
+    with pytest.raises(UserError, match=r"not a dataset: it has no manifest.json"):
         open_dataset(str(tmp_path / "elsewhere"))
 
 

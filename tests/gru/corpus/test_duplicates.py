@@ -10,11 +10,11 @@ def split(values: np.ndarray, sizes: list[int]) -> list[np.ndarray]:
     return np.split(values, np.cumsum(sizes)[:-1])
 
 
-@pytest.mark.parametrize("at_once", [1 << 24, 50, 7])
+@pytest.mark.parametrize("sorted_documents", [1 << 24, 50, 7])
 def test_every_document_but_the_first_of_equals_is_found_in_whatever_partitions(
-    monkeypatch: pytest.MonkeyPatch, at_once: int
+    monkeypatch: pytest.MonkeyPatch, sorted_documents: int
 ) -> None:
-    monkeypatch.setattr(duplicates, "_AT_ONCE", at_once)
+    monkeypatch.setattr(duplicates, "_SORTED_DOCUMENTS", sorted_documents)
     rng = random.Random(0)
     names = [rng.getrandbits(64) for _ in range(60)]
     documents = np.array(rng.choices(names, k=200), dtype=np.uint64)

@@ -1,4 +1,4 @@
-"""Whatever is killed, full, damaged or changed: the same dataset in the end, and nothing beside it."""
+"""Killed processes, full disks, damaged and changed files: the dataset is the same, without leftovers."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def silent(_: str) -> None: ...
 
 
 def files(directory: str | Path) -> dict[str, bytes]:
-    """Every file of a finished dataset but the job's own; asserts that it is whole, and that nothing is beside it."""
+    """Return the files of a complete dataset without the job's own, and assert that no other file is there."""
     dataset = open_dataset(str(directory))
     dataset.verify()
     found = {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != "result.json"}
@@ -75,17 +75,17 @@ def undisturbed(corpus: CorpusConfig, tmp_path_factory: pytest.TempPathFactory, 
 
 
 def ray_address() -> str:
-    """Of the session's Ray, which is there already."""
+    """Return the address of the session's running Ray."""
     return ray.get_runtime_context().gcs_address
 
 
 @dataclass
 class Job:
-    """`python -m jobs.prepare` on a storage of the test's own."""
+    """A run of `python -m jobs.prepare` with its own storage."""
 
     directory: Path
     corpus: CorpusConfig
-    ray_address: str | None = None  # of the Ray that it joins; else it starts its own
+    ray_address: str | None = None  # address of the Ray to join; None: the job starts its own
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -120,7 +120,7 @@ class Job:
         return json.loads((self.directory / "out.txt").read_text().splitlines()[-1])
 
     def wait_for(self, line: str) -> None:
-        """Wait until that has been said on stderr."""
+        """Wait until the text is on stderr."""
         assert self.process is not None
 
         def said() -> bool:
@@ -130,14 +130,14 @@ class Job:
         wait_until(f"{line!r} in {self.stderr}", said, every=0.002)
 
     def kill(self) -> None:
-        """The driver alone."""
+        """Kill the driver only."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
         self.process = None
 
     def kill_everything(self) -> None:
-        """The driver and all that it has started, Ray's own processes among them."""
+        """Kill the driver and all its descendants, including Ray's own processes."""
         assert self.process is not None
         family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         for member in family:
@@ -148,12 +148,12 @@ class Job:
         psutil.wait_procs(family, timeout=20)
 
     def drafts(self) -> dict[str, int]:
-        """The partitions that are finished, and when they were."""
+        """Return the finished partitions, and when each was finished."""
         found = self.directory.glob("store/datasets/*/parts/draft-*.json")
         return {path.name: path.stat().st_mtime_ns for path in found}
 
 
-def test_a_worker_that_is_killed_at_its_work_is_tried_again(
+def test_the_task_of_a_killed_worker_is_retried(
     corpus: CorpusConfig, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     killed: list[int] = []
@@ -199,7 +199,7 @@ def test_everything_is_killed_at_random_moments(
 ) -> None:
     rng = random.Random(4)
     job = Job(tmp_path, corpus)
-    said = ["making a bpe tokenizer", *(f" {rng.randrange(first, first + 6)}/" for first in (2, 10, 18))]
+    said = ["training a bpe tokenizer", *(f" {rng.randrange(first, first + 6)}/" for first in (2, 10, 18))]
     said += ["looking for duplicates"]
     before: dict[str, int] = {}
     for moment in said if moments == len(said) else sorted(rng.sample(said[1:], moments), key=said.index):
@@ -273,7 +273,7 @@ def test_any_number_of_workers_makes_the_same_bytes(
     assert files(tmp_path / "d") == undisturbed
 
 
-def test_a_full_disk_is_said_in_one_line_and_what_was_finished_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_finished_work_is_kept(tmp_path: Path) -> None:
     rng = random.Random(5)
     for i in range(16):  # of every second one the shard is too large
         texts = [f"{i} {j} {rng.getrandbits(500):x}" if i % 2 else f"{i} {j} {'x' * 120}" for j in range(1500)]
@@ -281,7 +281,7 @@ def test_a_full_disk_is_said_in_one_line_and_what_was_finished_stays(tmp_path: P
     corpus = CorpusConfig(sources=[str(tmp_path / "c")], partition_bytes=250_000, segment_tokens=5000)
     prepare(corpus, BPE, str(tmp_path / "undisturbed"), silent)
     [said] = run(corpus, tmp_path / "d", 2, limit=100_000).splitlines()
-    assert said.startswith("storage: cannot write shards: File too large; what is finished stays: make room and run")
+    assert said.startswith("storage: cannot write shards: File too large; finished work is kept: free some")
     assert said.endswith("(and 7 more partitions failed)")
     assert len(list((tmp_path / "d" / "parts").glob("draft-*.json"))) == 8
     assert not list((tmp_path / "d").rglob("*.tmp"))
@@ -297,12 +297,12 @@ def test_a_file_that_changes_between_two_tries_is_read_again(tmp_path: Path) -> 
     corpus = CorpusConfig(sources=[str(path)], partition_bytes=8000, heldout_share=0.1)
 
     def change(message: str) -> None:
-        if message.startswith("making") and not changed:
+        if message.startswith("training") and not changed:
             path.write_bytes(path.read_bytes().replace(b"river", b"RIVER"))
             changed.append(1)
 
     changed: list[int] = []
-    with pytest.raises(UserError, match=r"a.jsonl: changed while it was read; run the same again") as caught:
+    with pytest.raises(UserError, match=r"a.jsonl: changed while it was read; run the same command again") as caught:
         prepare(corpus, BYTES, str(tmp_path / "d"), change)
     assert "\n" not in str(caught.value)
     again = prepare(corpus, BYTES, str(tmp_path / "d"), silent)
@@ -312,7 +312,7 @@ def test_a_file_that_changes_between_two_tries_is_read_again(tmp_path: Path) -> 
     assert not any("river" in text for text in again.texts("train"))
 
 
-def test_damaged_and_empty_files_cost_no_more_than_what_is_in_them(tmp_path: Path) -> None:
+def test_damaged_and_empty_files_cost_only_their_own_documents(tmp_path: Path) -> None:
     import gzip
 
     import pyarrow as pa

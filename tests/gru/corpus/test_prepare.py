@@ -33,7 +33,7 @@ def json_lines(texts: list[str]) -> bytes:
 
 
 def files(dataset: Dataset) -> dict[str, bytes]:
-    """Every file of a finished dataset; asserts that there is none besides."""
+    """Return the files of a finished dataset, and assert that no other file is there."""
     found = {path.name: path.read_bytes() for path in Path(dataset.directory).iterdir()}
     assert set(found) == {"manifest.json", "tokenizer.json", *(shard.name for shard in dataset.manifest.shards)}
     dataset.verify()
@@ -90,7 +90,9 @@ def test_a_dataset_has_its_own_digest_wherever_the_sources_lie(
     assert shards(again) == shards(dataset)
 
 
-def test_the_held_out_digest_knows_the_same_text(corpus: CorpusConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_the_held_out_digest_depends_on_held_out_text_only(
+    corpus: CorpusConfig, dataset: Dataset, tmp_path: Path
+) -> None:
     other = corpus.model_copy(update={"partition_bytes": 10**6})
     char = prepare(other, TokenizerConfig(kind="char"), str(tmp_path / "char"), silent)
     assert char.manifest.digest != dataset.manifest.digest
@@ -225,10 +227,10 @@ def test_partitions_without_a_document_do_no_harm(tmp_path: Path) -> None:
     assert sorted(kept(exact)) == sorted(texts[:-1])
 
 
-# What is left out
+# Documents left out
 
 
-def test_documents_in_are_those_kept_and_those_dropped_by_reason(tmp_path: Path) -> None:
+def test_every_document_is_kept_or_dropped_with_a_reason(tmp_path: Path) -> None:
     rng = random.Random(3)
     bad = {
         "invalid_utf8": b'{"text": "\xff"}',
@@ -268,9 +270,7 @@ def test_documents_in_are_those_kept_and_those_dropped_by_reason(tmp_path: Path)
     assert manifest.dropped == expected - Counter(invalid_utf8=10**6) + Counter(too_short=expected["invalid_utf8"])
 
 
-def test_a_bad_record_does_not_keep_other_partitions_from_being_finished(
-    corpus: CorpusConfig, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_a_bad_record_does_not_stop_other_partitions(corpus: CorpusConfig, dataset: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "poems.jsonl"
     good = Path(corpus.sources[0]).read_bytes()
     lines = good.split(b"\n")
@@ -290,7 +290,7 @@ def test_a_bad_record_does_not_keep_other_partitions_from_being_finished(
     assert not (directory / "manifest.json").exists()
 
 
-# What a person got wrong
+# User mistakes
 
 
 @pytest.mark.parametrize(
@@ -305,9 +305,7 @@ def test_a_bad_record_does_not_keep_other_partitions_from_being_finished(
         (b'{"text": "x"}\n', {"template": "{"}, r"corpus\.template"),
     ],
 )
-def test_what_the_user_got_wrong_reaches_the_caller(
-    tmp_path: Path, data: bytes, changes: dict[str, Any], message: str
-) -> None:
+def test_a_user_mistake_reaches_the_caller(tmp_path: Path, data: bytes, changes: dict[str, Any], message: str) -> None:
     corpus = CorpusConfig(sources=[write(tmp_path / "a.jsonl", data)], **changes)
     with pytest.raises(UserError, match=message):
         prepare(corpus, BYTES, str(tmp_path / "d"), silent)
@@ -324,7 +322,7 @@ def test_a_bad_file_is_reported_while_the_tokenizer_is_made(tmp_path: Path) -> N
 # Stopped and started again
 
 
-def test_preparing_goes_on_where_it_was_stopped(corpus: CorpusConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_preparing_resumes_where_it_stopped(corpus: CorpusConfig, dataset: Dataset, tmp_path: Path) -> None:
     directory = tmp_path / "d"
     seen: list[str] = []
 
@@ -336,7 +334,7 @@ def test_preparing_goes_on_where_it_was_stopped(corpus: CorpusConfig, dataset: D
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, BYTES, str(directory), stop_at_three)
     assert not (directory / "manifest.json").exists()
-    with pytest.raises(UserError, match=r"no dataset here"):
+    with pytest.raises(UserError, match=r"not a dataset"):
         open_dataset(str(directory))
     markers = sorted((directory / "parts").glob("draft-*.json"))
     assert len(markers) >= 3
@@ -390,7 +388,7 @@ def test_stopped_anywhere_the_result_is_the_same(tmp_path: Path) -> None:
     assert files(dataset) == undisturbed
 
 
-def test_two_at_once_make_one_dataset(corpus: CorpusConfig, dataset: Dataset, tmp_path: Path) -> None:
+def test_two_processes_at_once_prepare_one_dataset(corpus: CorpusConfig, dataset: Dataset, tmp_path: Path) -> None:
     @ray.remote(num_cpus=1)
     def run() -> str:
         return prepare(corpus, BYTES, str(tmp_path / "d"), silent).manifest.digest

@@ -14,7 +14,8 @@ import pytest
 
 from gru.config import CorpusConfig
 from gru.corpus import sources
-from gru.corpus.documents import Report, documents, is_heldout
+from gru.corpus.documents import documents, is_heldout
+from gru.corpus.report import Report
 from gru.errors import UserError
 from tests.gru.corpus.reading import read, spans, texts, write
 
@@ -66,13 +67,13 @@ def test_include_and_exclude_are_read_as_in_gitignore(tmp_path: Path) -> None:
     assert names(d, exclude=["b.*"], format="text") == [n for n in names(d, format="text") if n != "b.txt"]
     assert names(f"{d}/**/*.c", exclude=["tests/"]) == ["lib/a.c", "main.c"]
     assert names(d, include=["notes"], format="text") == ["notes"]
-    with pytest.raises(UserError, match=r"notes: its name does not tell the format: set corpus\.format"):
+    with pytest.raises(UserError, match=r"notes: unknown format: set corpus\.format"):
         names(d, include=["notes"])
     with pytest.raises(UserError, match=r"nothing to read in .* after corpus\.include and corpus\.exclude"):
         names(d, include=["*.rs"])
 
 
-def test_the_format_that_is_set_holds_for_what_is_named_whatever_its_extension(tmp_path: Path) -> None:
+def test_the_configured_format_holds_for_named_files_of_any_extension(tmp_path: Path) -> None:
     lines = write(tmp_path / "lines.log", b'{"text": "a"}\n{"text": "b"}\n')
     assert texts(lines, format="jsonl") == ["a", "b"]
     packed = write(tmp_path / "lines.log.gz", gzip.compress(b'{"text": "c"}\n'))
@@ -83,7 +84,7 @@ def test_the_format_that_is_set_holds_for_what_is_named_whatever_its_extension(t
     assert names(str(tmp_path), format="jsonl") == ["array.jsonl"]
 
 
-def test_links_to_files_are_read_and_nothing_else_that_is_no_file(tmp_path: Path) -> None:
+def test_links_to_files_are_read_but_no_other_special_files(tmp_path: Path) -> None:
     write(tmp_path / "real" / "a.txt", b"one")
     d = tmp_path / "d"
     d.mkdir()
@@ -132,13 +133,13 @@ def test_small_files_share_partitions_in_order(tmp_path: Path) -> None:
     assert [s.file.name for p in partitions for s in p] == [f"{i:03}.txt" for i in range(100)]
 
 
-def test_the_plan_says_what_cannot_be_cut(tmp_path: Path) -> None:
+def test_the_plan_counts_files_that_cannot_be_cut(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", b"x\n" * 500)
     write(tmp_path / "b.txt.gz", gzip.compress(b"x"))
     write(tmp_path / "c.json", b"[]")
     corpus = CorpusConfig(sources=[str(tmp_path)], partition_bytes=100)
-    plan = sources.describe(sources.plan(sources.list_files(corpus), corpus))
-    assert plan.startswith("3 files, 0.0 MB, 11 partitions; 2 cannot be cut (compressed, .json")
+    plan = sources.describe_plan(sources.plan(sources.list_files(corpus), corpus))
+    assert plan.startswith("3 files, 0.0 MB, 11 partitions; 2 files cannot be cut (compressed, .json")
 
 
 def test_held_out_tail_is_cut_at_a_line(tmp_path: Path) -> None:

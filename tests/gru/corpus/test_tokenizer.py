@@ -77,7 +77,7 @@ def test_a_saved_tokenizer_loads_and_training_is_deterministic(tokenizer: Tokeni
     assert tokenizer.digest in again
 
 
-def test_vocabulary_is_of_the_size_asked_for() -> None:
+def test_the_vocabulary_has_the_configured_size() -> None:
     bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
     assert bpe.vocab_size == 300
     assert len(bpe.encode(TEXTS[0])) < len(TEXTS[0])
@@ -114,14 +114,14 @@ def test_encoding_falls_back_where_gigatoken_fails(
         assert np.array_equal(other.encode(text), bpe.encode(text))
 
 
-def test_a_tokenizer_made_elsewhere_keeps_its_end_of_text_or_is_given_one(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_keeps_its_end_of_text_or_gets_one(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), TEXTS)
     config = json.loads(bpe.json)
     path.write_text(json.dumps(config | {"added_tokens": []}))
-    rewrite_without = load(str(path))
-    assert (rewrite_without.end_of_text, rewrite_without.vocab_size) == (299, 300)
-    assert Tokenizer(rewrite_without.json).end_of_text == 299
+    extended = load(str(path))
+    assert (extended.end_of_text, extended.vocab_size) == (299, 300)
+    assert Tokenizer(extended.json).end_of_text == 299
     end, start = (
         config["added_tokens"][0] | {"content": "</s>"},
         config["added_tokens"][0] | {"content": "<s>", "id": 300},
@@ -134,7 +134,7 @@ def test_a_tokenizer_made_elsewhere_keeps_its_end_of_text_or_is_given_one(tmp_pa
         assert other.decode(other.encode(text)) == text
 
 
-def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_unsupported_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         load(str(path))
@@ -147,14 +147,14 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None:
 
     refused("normalizer", normalizer={"type": "NFC"})
     refused("byte-level", pre_tokenizer={"type": "Whitespace"})
-    refused("byte-level BPE", model={"type": "BPE"})
+    refused("of kind bpe", model={"type": "BPE"})
     path.write_bytes(b"\xff{")
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer.json"):
         load(str(path))
 
 
 def test_encoding_takes_no_more_memory_the_more_it_has_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gru.corpus.tokenizer._RENEWED_AFTER", 500_000)
+    monkeypatch.setattr("gru.corpus.tokenizer._RECREATE_TOKENS", 500_000)
     bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), ["黃河入海流"])
     assert bpe.backend == "gigatoken"
     chance = np.random.default_rng(0)
@@ -170,6 +170,6 @@ def test_encoding_takes_no_more_memory_the_more_it_has_encoded(monkeypatch: pyte
         return psutil.Process().memory_info().rss
 
     before = max(encode() for _ in range(3))
-    assert max(encode() for _ in range(12)) - before < 60_000_000  # it would be three times as much
+    assert max(encode() for _ in range(12)) - before < 60_000_000  # without recreation it is three times as much
     text = batch()[0][:10_000]
     assert bpe.decode(bpe.encode(text)) == text
