@@ -24,10 +24,10 @@ class Stopped(Exception):
         self.signal = signal
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message that is not empty, at most 200 characters; else its type's name."""
+def first_line(error: BaseException, limit: int | None = 200) -> str:
+    """Return the first non-empty line of an error's message, at most `limit` characters; else its type's name."""
     lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:200]
+    return next((line for line in lines if line), type(error).__name__)[:limit]
 
 
 def find_user_error(error: BaseException) -> UserError | None:

@@ -11,7 +11,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from gru import storage
-from gru.errors import UserError
+from gru.errors import UserError, first_line
 
 VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
 CONNECT_SECONDS = 10
@@ -57,4 +57,4 @@ def answering() -> Iterator[None]:
     try:
         yield
     except SQLAlchemyError as error:
-        raise UserError(f"{VARIABLE}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{VARIABLE}: {first_line(error)}") from None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gru import ray_internals, storage
 from gru.config import Resources, content_key
-from gru.errors import UserError
+from gru.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -71,8 +71,8 @@ class RayJobs:
         try:
             self.client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"no Ray job server answers at {address} (RAY_ADDRESS): {reason}") from None
+            message = f"no Ray job server answers at {address} (RAY_ADDRESS): {first_line(error)}"
+            raise UserError(message) from None
         self.scope = content_key(store)[:6]  # in submission ids: a stage of another storage is another job
         # A stopped job saves its work first; by default Ray would kill it after 3 s.
         self.runtime_env: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60", **environment}}

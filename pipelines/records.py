@@ -10,6 +10,7 @@ from typing import Any
 
 from dbos import DBOSClient
 
+from gru.errors import first_line
 from jobs.stages import STAGES
 
 RUN, SWEEP, TRIAL = "run_pipeline", "sweep", "trial"  # workflows
@@ -128,5 +129,5 @@ def _config_json(status: Any) -> str:
 def _stage(name: str, step: Any) -> StageRecord:
     seconds = (step["completed_at_epoch_ms"] - step["started_at_epoch_ms"]) / 1000
     error = step["error"]
-    problem = (str(error).splitlines() or [repr(error)])[0] if error else None
+    problem = first_line(error, limit=None) if error else None
     return StageRecord(name, seconds, step["output"], problem)

@@ -19,7 +19,7 @@ from gru import storage
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.corpus.prepare import recorded_sources
 from gru.digests import DamagedFiles
-from gru.errors import UserError
+from gru.errors import UserError, first_line
 from gru.model.language_model import with_current_names
 from gru.registry import tracking
 from gru.registry.bundle import Bundle
@@ -94,7 +94,7 @@ class _Trace:
         except (_Different, DamagedFiles) as error:
             link.state, link.problem = "different", str(error)
         except Exception as error:  # a registry, a file system and a format each raise their own kinds
-            link.state, link.problem = "absent", (str(error).splitlines() or [repr(error)])[0]
+            link.state, link.problem = "absent", first_line(error)
 
     def _fetch_bundle(self) -> Bundle:
         with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:

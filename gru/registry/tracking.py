@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from gru.errors import Stopped
+from gru.errors import Stopped, first_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -226,7 +226,7 @@ def unreachable() -> str | None:
     try:
         MlflowClient().search_experiments(max_results=1)
     except MlflowException as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 

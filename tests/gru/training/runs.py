@@ -251,3 +251,25 @@ def assert_same(actual: checkpoints.Checkpoint, expected: Learner) -> None:
     for stem, tensors in expected.checkpoint({}).tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(actual.tensors[stem][name], tensor), (stem, name)
+
+
+def logged_steps(steps: int) -> list[int]:
+    return list(range(TRAIN["log_steps"], steps + 1, TRAIN["log_steps"]))
+
+
+def undisturbed_weights(run: Training) -> str:
+    run.start().finish()
+    assert run.logged() == logged_steps(run.config["train"]["steps"])
+    assert run.status() == "FINISHED"
+    return run.weights()
+
+
+def assert_as_undisturbed(run: Training, expected: str) -> None:
+    assert run.weights() == expected
+    assert run.logged() == logged_steps(run.config["train"]["steps"])
+    assert run.status() == "FINISHED"
+
+
+def kill_all(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        process.kill()

@@ -1,20 +1,17 @@
-"""Tests of training under faults: whatever is killed, damaged, full or unavailable, the run ends with the weights and
-the logged steps of an undisturbed run."""
+"""Tests of training under faults that need a run of their own: the run ends with the weights and the logged steps of an
+undisturbed run. The faults of `test_disturbed_run.py` share one run."""
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
-import psutil
 import pytest
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -24,14 +21,21 @@ from gru.corpus.dataset import open_dataset
 from gru.digests import DIGESTS
 from gru.training import checkpoint as checkpoints
 from jobs import entry
-from tests.gru.training.runs import TRAIN, Site, Training, assert_same, cluster_of, undisturbed
+from tests.gru.training.runs import (
+    TRAIN,
+    Site,
+    Training,
+    assert_as_undisturbed,
+    assert_same,
+    cluster_of,
+    kill_all,
+    logged_steps,
+    undisturbed,
+    undisturbed_weights,
+)
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.faults
-
-
-def logged_steps(steps: int) -> list[int]:
-    return list(range(TRAIN["log_steps"], steps + 1, TRAIN["log_steps"]))
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +59,6 @@ def expected(site: Site, cluster: Cluster) -> str:
     return undisturbed_weights(site.run(cluster, "undisturbed"))
 
 
-def undisturbed_weights(run: Training) -> str:
-    run.start().finish()
-    assert run.logged() == logged_steps(run.config["train"]["steps"])
-    assert run.status() == "FINISHED"
-    return run.weights()
-
-
 @pytest.fixture
 def start(site: Site, cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Callable[..., Training]]:
     runs: list[Training] = []
@@ -82,65 +79,8 @@ def start(site: Site, cluster: Cluster, request: pytest.FixtureRequest) -> Itera
         run.close()
 
 
-def assert_as_undisturbed(run: Training, expected: str) -> None:
-    assert run.weights() == expected
-    assert run.logged() == logged_steps(run.config["train"]["steps"])
-    assert run.status() == "FINISHED"
-
-
-def kill_all(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        process.kill()
-
-
-def test_one_worker_is_killed_and_then_both(start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    for failures, how_many in enumerate([1, 2], 1):
-        run.wait_for_step(run.newest_step() + 60)
-        kill_all(run.workers()[:how_many])
-        run.wait_for_line(f"failure {failures} of at most 3: worker")
-    run.finish()
-    assert "died; restarting from the last checkpoint" in run.stderr
-    assert_as_undisturbed(run, expected)
-
-
-def test_the_driver_is_killed_and_then_the_controller_whose_checkpoint_list_is_truncated(
-    start: Callable[..., Training], expected: str
-) -> None:
-    run = start()
-    run.wait_for_step(60)
-    run.close()
-    at = run.newest_step()
-    run.start().wait_for_step(at + 60)
-    (run.directory / "checkpoint_manager_snapshot.json").write_text('{"ray_version": "2.60.0", "che')
-    kill_all(run.controllers())
-    run.finish()
-    assert "Ray Train's controller died: starting another" in run.stderr
-    assert_as_undisturbed(run, expected)
-
-
-def test_killed_while_a_checkpoint_is_written(start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    run.wait_for_step(40)
-
-    def half_written() -> list[Path]:
-        return [p for p in run.directory.glob("step-*") if p.is_dir() and not (p / DIGESTS).exists()]
-
-    for _ in range(3):  # it may become complete before the kill arrives
-        wait_until("a partial checkpoint", half_written, every=0)
-        kill_all(run.workers())
-        if half_written():
-            break
-        run.wait_for_step(run.newest_step() + 20)
-    else:
-        raise AssertionError("no checkpoint was caught half-written")
-    run.finish()
-    assert "failure 1 of at most 3" in run.stderr
-    assert_as_undisturbed(run, expected)
-
-
 def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[..., Training], expected: str) -> None:
-    """As the test before, with all storage in a bucket."""
+    """All storage is in a bucket; the workers are killed between two files of a checkpoint."""
     files = fsspec.filesystem("s3", use_listings_cache=False)
     run = start(bucket=f"{bucket}/store")
 
@@ -159,87 +99,6 @@ def test_killed_while_a_checkpoint_is_uploaded(bucket: str, start: Callable[...,
     assert run.logged() == logged_steps(TRAIN["steps"])
 
 
-def test_the_disk_is_full_and_then_unavailable_for_20_seconds(start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    run.wait_for_step(60)
-    workers = run.workers()
-    for worker in workers:
-        worker.rlimit(psutil.RLIMIT_FSIZE, (100_000, psutil.RLIM_INFINITY))
-    run.wait_for_line("could not save the checkpoint, will retry: [Errno 27] File too large")
-    saved = [Path(path) for path in checkpoints.paths(str(run.directory))]
-    at = max(checkpoints.load(str(path)).step for path in saved if (path / DIGESTS).exists())
-    assert at >= 60
-    for worker in workers:
-        worker.rlimit(psutil.RLIMIT_FSIZE, (psutil.RLIM_INFINITY, psutil.RLIM_INFINITY))
-    run.wait_for_step(at + 20)
-    offset = len(run.stderr)
-
-    directory, away = run.directory, run.storage / "away"
-    directory.rename(away)
-    while not directory.is_file():
-        shutil.rmtree(directory, ignore_errors=True)  # the checkpoint writer may have just created it again
-        with suppress(IsADirectoryError):
-            directory.write_text("not a directory")
-    time.sleep(20)
-    directory.unlink()
-    away.rename(directory)
-    run.finish()
-    assert "could not save the checkpoint, will retry" in run.stderr[offset:]
-    assert "failure 1" not in run.stderr
-    assert_as_undisturbed(run, expected)
-
-
-def test_a_stop_signal_and_then_a_flipped_byte_in_the_newest_checkpoint(
-    start: Callable[..., Training], expected: str
-) -> None:
-    run = start()
-    run.wait_for_step(60)
-    run.signal(signal.SIGTERM)
-    assert run.wait(60) == 128 + signal.SIGTERM, run.stderr
-    assert f"stopped at step {run.newest_step():,} and saved it; run the same command to resume" in run.stderr
-    assert run.status() == "KILLED"
-    assert run.logged()[-1] == run.newest_step() // TRAIN["log_steps"] * TRAIN["log_steps"]
-
-    run.start().wait_for_step(run.newest_step() + 40)
-    run.close()
-    kill_all(run.workers())
-    newest = Path(checkpoints.paths(str(run.directory))[0])
-    complete = max(p for p in run.directory.glob("step-*") if (p / DIGESTS).exists())
-    assert newest == complete or not (newest / DIGESTS).exists()
-    weights = complete / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    run.start().finish()
-    assert f"{complete.name}/model.safetensors: its SHA-256 differs" in run.stderr
-    assert_as_undisturbed(run, expected)
-
-
-def test_a_stalled_worker_and_then_a_read_that_never_returns(start: Callable[..., Training], expected: str) -> None:
-    """A pipe that nobody writes to replaces a shard, like a mount that hangs."""
-    run = start(stall_seconds=15, max_failures=20)
-    run.wait_for_step(40)
-    stopped = run.workers()[1]
-    stopped.suspend()
-    run.wait_for_line("failure 1 of at most 20", 60)
-    run.wait_for_step(run.newest_step() + 20)
-    assert not stopped.is_running()
-    offset = len(run.stderr)
-
-    [shard] = run.storage.glob("datasets/*/train-*.parquet")
-    moved = shard.with_suffix(".moved")
-    shard.rename(moved)
-    os.mkfifo(shard)
-    try:
-        run.wait_for_line("failure 2 of at most 20", 60)
-    finally:
-        moved.replace(shard)
-    run.finish()
-    assert "has finished no step for train.stall_seconds = 15" in run.stderr[offset:]
-    assert "in batch, batches.py" in run.stderr[offset:]
-    assert_as_undisturbed(run, expected)
-
-
 def test_workers_that_fail_too_often_end_the_run(start: Callable[..., Training]) -> None:
     run = start(max_failures=1)
     run.wait_for_step(40)
@@ -251,23 +110,6 @@ def test_workers_that_fail_too_often_end_the_run(start: Callable[..., Training])
     assert "error: training failed more often than train.max_failures = 1: worker 0 died" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.status() == "FAILED"
-
-
-def test_a_node_is_killed(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
-    run = start()
-    run.wait_for_step(60)
-    node = run.node_with_a_worker()
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    kill_all([raylet, *raylet.children(recursive=True)])  # like a machine that loses its power
-    try:
-        run.finish()
-    finally:
-        cluster.remove_node(node, allow_graceful=False)
-        cluster.add_node(num_cpus=1)
-    assert "failure 1 of at most 3" in run.stderr
-    result = json.loads((run.storage / "out.txt").read_text().splitlines()[-1])
-    assert result["stage"] == "train", "the result is not the last line of stdout"
-    assert_as_undisturbed(run, expected)
 
 
 def test_a_node_that_is_about_to_be_preempted(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
