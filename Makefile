@@ -10,7 +10,7 @@ run: $(INSTALLED)
 	$(BIN)/gru run pipelines/configs/quickstart.toml $(ARGS)
 
 # Two processes: while one waits for a Ray, an MLflow or a Postgres to start, the other computes.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+SIDE_BY_SIDE := --numprocesses 2 --no-loadscope-reorder
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)

@@ -31,7 +31,7 @@ def test_variants_are_those_of_the_grid_and_those_listed() -> None:
     [
         ([], [], r"no variants to compare: expected --over KEY=\[...\] or --trial KEY=VALUE"),
         ([], [["model.hiden=1"]], r"--trial: model\.hiden: unknown key; known here: "),
-        ([], [["model.hidden"]], r"--trial model\.hidden: expected section\.key=value"),
+        ([], [["model.hidden"]], r"--trial model\.hidden: must be section\.key=value"),
         (["model.hidden=256"], [], r"--over model\.hidden=256: expected a key and its values"),
     ],
 )

@@ -52,7 +52,7 @@ def test_contenders_are_names_and_overrides() -> None:
         ("a:train.stpes=1", r"--contender a: train\.stpes: unknown key"),
         ("a:model.hidden=soon", r"--contender a: model\.hidden: "),
         ("a:hidden", r"--contender a: hidden: a contender can override keys of \[model\] and \[train\] only"),
-        ("a:model.hidden", r"--contender a: model\.hidden: expected section\.key=value"),
+        ("a:model.hidden", r"--contender a: model\.hidden: must be section\.key=value"),
         ("a:corpus.format=text", r"keys of \[model\] and \[train\] only"),
         ("a:train.steps=5", r"train\.steps has no effect"),
         ("transformer:model.hidden=5", r"model\.hidden has no effect"),
