@@ -56,16 +56,17 @@ class CorpusConfig(Section):
     )
     include: list[str] = Field(
         [],
-        description="Patterns of the files to read in a directory, as in .gitignore (`*.c`, `src/**/*.py`), whatever "
-        "their extension.",
+        description="Patterns of the files to read in a directory, as in .gitignore (`*.c`, `src/**/*.py`). Empty: "
+        "those with an extension of `format`.",
     )
     exclude: list[str] = Field(
         [], description="Patterns of the files to leave out of a directory or glob, as in .gitignore (`tests/`)."
     )
     format: Literal["auto", "text", "jsonl", "json", "csv", "parquet"] = Field(
         "auto",
-        description="Format of the sources; `auto` decides by extension (.txt, .jsonl, .json, .csv, .tsv, .parquet; "
-        "with .gz, .zst, .bz2 or .xz behind it if compressed).",
+        description="Format of the sources; `auto` decides by extension: .txt, .jsonl, .json, .csv, .tsv, .parquet, "
+        "with .gz, .zst, .bz2 or .xz behind it if compressed. Source code and markup (.py, .md) is read as text where "
+        "a source, a glob or `include` names it.",
     )
     separator: str | None = Field(
         None,
@@ -75,13 +76,14 @@ class CorpusConfig(Section):
     template: str = Field(
         "{text}",
         min_length=1,
-        description="Text to make from a record of JSON, CSV or Parquet, with the names of its fields in braces.",
+        description="Text to make from a record of JSON, CSV or Parquet, with the names of its fields in braces. "
+        "A record that lacks one is left out.",
     )
     on_bad: Literal["drop", "replace", "fail"] = Field(
         "drop",
         description="Treatment of a document that is not valid UTF-8: leave it out (`drop`), put U+FFFD in place of "
-        "the invalid bytes (`replace`), or stop (`fail`). Broken records and files are left out, or stop the job with "
-        "`fail`. Everything left out is counted.",
+        "the invalid bytes (`replace`), or stop (`fail`). Broken records and files are left out; with `fail` they "
+        "stop the job. What is left out is counted.",
     )
     normalization: Literal["none", "NFC", "NFKC"] = Field(
         "none", description="Unicode normalization form of the documents."
@@ -98,7 +100,7 @@ class CorpusConfig(Section):
         "or similar ones (`near`, for which one process needs 3 KB of memory per document).",
     )
     near_similarity: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.8, description="Least Jaccard similarity of the 5-character shingles of two documents that are `near`."
+        0.8, description="Minimum Jaccard similarity of the 5-character shingles of two documents that are `near`."
     )
     heldout: Literal["hash", "tail"] = Field(
         "hash",
@@ -106,7 +108,8 @@ class CorpusConfig(Section):
         "end of the corpus (`tail`).",
     )
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.01, description="Share of the corpus that is held out."
+        0.01,
+        description="Share of the corpus that is held out: of its documents (`hash`), or of its bytes (`tail`).",
     )
     partition_bytes: PositiveInt = Field(
         32 << 20,
@@ -114,7 +117,8 @@ class CorpusConfig(Section):
         "and .json.",
     )
     segment_tokens: PositiveInt = Field(
-        65_536, description="Number of tokens in a segment, a Parquet row group, or slightly more."
+        65_536,
+        description="Minimum tokens in a segment (a Parquet row group); only the last one of a shard may have fewer.",
     )
 
 
@@ -126,9 +130,13 @@ class TokenizerConfig(Section):
         description="Kind of tokenizer: `bpe` (byte-level), `char` (characters, with bytes for those outside the "
         "vocabulary) or `byte`.",
     )
-    path: str | None = Field(None, description="Path of an existing tokenizer.json to use instead of training one.")
+    path: str | None = Field(
+        None,
+        description="Path of an existing tokenizer.json to use instead of training one; the other keys of this "
+        "section are then not used.",
+    )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
-        4096, description="Largest number of tokens in the vocabulary of `bpe` and `char`."
+        4096, description="Maximum number of tokens in the vocabulary of `bpe` and `char`."
     )
     sample_bytes: PositiveInt = Field(
         50_000_000, description="Bytes of text that the tokenizer is trained on, sampled from the whole corpus."
@@ -149,11 +157,11 @@ class ModelConfig(Section):
         "the hidden state.",
     )
     dropout: Share = Field(
-        0.0, description="Share of the inputs of each block and of the output layer that training drops."
+        0.0, description="Dropout rate in training, on the inputs of each block and of the output layer."
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Type to which training rounds the factors of matrix products; `auto`: bf16 where it is faster.",
+        description="Number type of the factors of matrix products in training; `auto`: bf16 where it is faster.",
     )
 
 
@@ -181,13 +189,15 @@ class TrainConfig(Section):
     )
     learning_rate: Annotated[float, Field(gt=0)] = Field(4e-3, description="Peak learning rate of AdamW.")
     final_learning_rate: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.05, description="Learning rate at the end of the cosine schedule, as a share of the peak."
+        0.05,
+        description="Learning rate at the end of the cosine schedule, as a ratio to `learning_rate`: 0.05 is a "
+        "twentieth.",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(50, description="Number of steps of linear warm-up.")
     beta2: Annotated[float, Field(gt=0, lt=1)] = Field(0.99, description="Decay of AdamW's second moment.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="Weight decay of AdamW, on matrices only.")
     clip: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="Largest norm of the gradient; a larger gradient is scaled down to it."
+        1.0, description="Maximum norm of the gradient; a larger gradient is scaled down to it."
     )
     ema_decay: Share = Field(
         0.995, description="Decay of the moving average of the weights; this average is evaluated and served."
@@ -198,23 +208,23 @@ class TrainConfig(Section):
     workers: PositiveInt = Field(1, description="Number of training processes (DDP), at most `batch_size`.")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest workers to train with if the cluster has no room for all `workers`: the run uses as many "
+        description="Minimum workers to train with if the cluster has no room for all `workers`: the run uses as many "
         "as fit, and adapts while the cluster grows and shrinks. Absent: all `workers` or none.",
     )
     bitwise_elastic: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="Number of parts in which the lanes are computed, one after the other, with gradients summed in a "
-        "fixed order: up to this many workers give bit-identical weights on CPUs. 0: plain DDP, where another number "
-        "of workers gives the same weights up to rounding.",
+        description="Maximum workers that give bit-identical weights on CPUs, whatever their number: the lanes are "
+        "computed in this many parts, with gradients summed in a fixed order. 0: plain DDP, where weights differ by "
+        "rounding if the number of workers differs.",
     )
     threads: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="CPU threads of each worker. 0: the machine's cores are shared among its workers; with "
-        "`bitwise_elastic` it is 1 thread, because another number of threads may round differently.",
+        description="CPU threads of each worker. 0: the machine's cores, divided among its workers, or 1 thread with "
+        "`bitwise_elastic`, because the number of threads changes rounding.",
     )
     log_steps: PositiveInt = Field(10, description="Steps between two logged points.")
     heldout_steps: PositiveInt = Field(250, description="Steps between two measurements of the held-out loss.")
-    heldout_tokens: PositiveInt = Field(100_000, description="Most held-out tokens that one measurement reads.")
+    heldout_tokens: PositiveInt = Field(100_000, description="Maximum held-out tokens that one measurement reads.")
     checkpoint_seconds: Annotated[float, Field(gt=0)] = Field(30, description="Seconds between two checkpoints.")
     checkpoint_steps: PositiveInt | None = Field(
         None, description="Steps between two checkpoints. Absent: `checkpoint_seconds` decides."
@@ -224,8 +234,8 @@ class TrainConfig(Section):
     )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3,
-        description="Number of worker failures to recover from before giving up. A drained node does not count, and "
-        "the count restarts with the group of workers that takes over.",
+        description="Maximum worker failures to recover from before giving up. A drained node does not count; after "
+        "it, and after a crash of Ray Train's controller, the count restarts.",
     )
     stall_seconds: Annotated[float, Field(ge=5)] = Field(
         45, description="Seconds without a finished step after which a worker counts as failed and is restarted."
@@ -256,7 +266,7 @@ class EvaluateConfig(Section):
     """Evaluation: scores on held-out text, and sampled texts."""
 
     batch_size: PositiveInt = Field(16, description="Number of streams of held-out text that are read in parallel.")
-    heldout_bytes: PositiveInt = Field(4_000_000, description="Most bytes of held-out text that are scored.")
+    heldout_bytes: PositiveInt = Field(4_000_000, description="Maximum bytes of held-out text that are scored.")
     prompt: str = Field("\n", description="Prompt of the sampled texts.")
     sample_tokens: PositiveInt = Field(200, description="Number of tokens in each sampled text.")
     temperatures: list[Annotated[float, Field(ge=0)]] = Field(
@@ -287,40 +297,45 @@ class ServeConfig(Section):
 
     host: str = Field("127.0.0.1", description="Address that the endpoint listens on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port of the endpoint.")
-    replicas: PositiveInt = Field(1, description="Number of serving processes; with `max_replicas` the fewest.")
+    replicas: PositiveInt = Field(
+        1, description="Number of replicas (serving processes); with `max_replicas` the minimum."
+    )
     max_replicas: PositiveInt | None = Field(
         None,
-        description="Most serving processes; their number follows the tokens in flight. Absent: always `replicas`.",
+        description="Maximum replicas; their number follows the tokens in flight. Absent: always `replicas`.",
     )
     tokens_per_replica: PositiveInt = Field(
         20_000,
-        description="Tokens in flight (requested but not yet generated) per replica above which another one starts.",
+        description="Tokens in flight (prompts and `max_tokens` of unfinished requests) per replica above which "
+        "another one starts.",
     )
-    slots: Annotated[int, Field(ge=4)] = Field(32, description="Number of streams that a replica steps together.")
-    max_queue: PositiveInt = Field(256, description="Most requests that wait for a slot; more are refused (429).")
+    slots: Annotated[int, Field(ge=4)] = Field(
+        32, description="Number of texts that a replica generates together; other requests wait."
+    )
+    max_queue: PositiveInt = Field(256, description="Maximum requests that wait for a slot; more are refused (429).")
     max_tokens_in_flight: PositiveInt = Field(
-        4_000_000, description="Most tokens of all requests in a replica; further requests are refused (429)."
+        4_000_000, description="Maximum tokens in flight in a replica; further requests are refused (429)."
     )
-    max_tokens: PositiveInt = Field(4096, description="Most tokens that one request may ask for.")
-    max_prompt_tokens: PositiveInt = Field(200_000, description="Most tokens in a prompt.")
+    max_tokens: PositiveInt = Field(4096, description="Maximum tokens that one request may ask for.")
+    max_prompt_tokens: PositiveInt = Field(200_000, description="Maximum tokens in a prompt.")
     max_body_bytes: PositiveInt = Field(
-        8 << 20, description="Most bytes in the body of a request; larger ones are refused (413)."
+        8 << 20, description="Maximum bytes in the body of a request; larger ones are refused (413)."
     )
     request_seconds: Annotated[float, Field(gt=0)] = Field(
-        600, description="Most seconds that a request may take; then it ends with an error (503)."
+        600, description="Maximum seconds that a request may take; then it ends with an error (503)."
     )
     cache_bytes: Annotated[int, Field(ge=0)] = Field(
         64 << 20, description="Bytes of memory in each replica for the hidden states of sessions and the prefix cache."
     )
     keys: str | None = Field(
         None,
-        description="Path of a file of API keys, made by `gru key`; each request needs one of them. Absent: none "
+        description="Path of a file of lines from `gru key`; each request needs the key of one of them. Absent: none "
         "is needed.",
     )
     chat_template: Annotated[str, Field(pattern=r"^[^{}]*(\{role\}[^{}]*)?\{content\}[^{}]*$")] = Field(
         "{role}:\n{content}\n\n",
-        description="Text to make from each message of a chat. The answer is generated where the next `content` would "
-        "be, and ends at the text that follows it.",
+        description="Text to make from each message of a chat. The answer takes the place of the next `{content}`, and "
+        "ends at the text after it.",
     )
     poll_seconds: Annotated[float, Field(gt=0)] = Field(5, description="Seconds between two looks at `@champion`.")
     canary: CanaryConfig = CanaryConfig()
@@ -334,16 +349,17 @@ class ServeConfig(Section):
 
 
 class Resources(Section):
-    """The resources of the cluster that each process of a stage gets. Results do not depend on them."""
+    """The resources of the cluster that each process of a stage gets. They change results by rounding at most."""
 
     cpus: Annotated[float, Field(ge=0)] = Field(description="CPUs that Ray reserves for each process.")
     memory: PositiveInt | None = Field(
-        None, description="Bytes of memory that Ray reserves for each process. Absent: none."
+        None,
+        description="Bytes of memory that Ray reserves for each process, without limiting it. Absent: none.",
     )
     labels: Labels = Field(
         {},
-        description='Labels of the nodes that the processes may run on: `{ pool = "gpu" }`; a value may also be '
-        "`!gpu`, `in(a, b)` or `!in(a, b)`.",
+        description='Labels of nodes to run on: `{ pool = "gpu" }`, or as the value `!gpu` (not), `in(a, b)` (one of) '
+        "or `!in(a, b)` (none of).",
     )
 
     def amounts(self) -> dict[str, float]:
@@ -374,8 +390,8 @@ class EvaluateResources(Resources):
 
     cpus: Annotated[float, Field(ge=0)] = Field(
         0,
-        description="CPUs that Ray reserves for the evaluate job, and for the promote job. Without a reservation and "
-        "a label they run on the head node.",
+        description="CPUs that Ray reserves for the evaluate job, and for the promote job. With 0 and no label, they "
+        "run on the head node.",
     )
 
 
@@ -390,7 +406,7 @@ class ServeResources(Resources):
 
 
 class ResourcesConfig(Section):
-    """The resources that Ray reserves for each stage. Results do not depend on them."""
+    """The resources that Ray reserves for each stage. They change results by rounding at most."""
 
     prepare: PrepareResources = PrepareResources()
     train: TrainResources = TrainResources()
