@@ -1,6 +1,7 @@
 """Train recurrent cells and a Transformer for the same time on the prepared dataset, and compare their held-out loss.
 
-Each recurrent model is stored as a bundle, in the directory that the result names `records`."""
+A table and curves are in the result's MLflow run. Each recurrent model is stored as a bundle, in the directory that the
+result names `records`."""
 
 import argparse
 import os

@@ -45,10 +45,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         action="append",
         default=[],
-        help="override a key of CONFIG (repeatable)",
+        help="set KEY of CONFIG to a TOML value; a bare word is a string (repeatable)",
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"keys of CONFIG:\n{configuration.describe()}"
+    parser.epilog = f"keys of CONFIG (relative paths start at the current directory):\n{configuration.describe()}"
 
 
 def load_config(path: str, overrides: list[str]) -> PipelineConfig:
@@ -80,7 +80,7 @@ def main(
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{stage}", description=description)
     add_config_arguments(parser)
     parser.add_argument("--parent", metavar="RUN_ID", help="MLflow run that this job's run belongs to")
-    parser.add_argument("--dataset", metavar="DIR", help="dataset (default: that of the sources' current content)")
+    parser.add_argument("--dataset", metavar="DIR", help="dataset (default: that of the sources as they are now)")
     add_arguments(parser)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

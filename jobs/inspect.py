@@ -17,11 +17,19 @@ from jobs import entry
 def main() -> None:
     """Print what the command line asks for, and end the process: 0, or 2 for a user's mistake."""
     parser = argparse.ArgumentParser(prog="python -m jobs.inspect", description=__doc__)
-    parser.add_argument("dataset", metavar="DATASET", help="directory or URL of a dataset, as jobs.prepare prints it")
     parser.add_argument(
-        "--document", metavar="HASH", help="print the text of one document, by its number in the column `document`"
+        "dataset",
+        metavar="DATASET",
+        help="directory or URL of a dataset: `dataset` in the result of jobs.prepare or `gru run`",
     )
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its digest")
+    parser.add_argument(
+        "--document",
+        metavar="HASH",
+        help="print the text of one document, by its number in the column `document` of the Parquet files",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file and compare its digest with the manifest"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
     arguments = parser.parse_args()
     entry.quiet_libraries()

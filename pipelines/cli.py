@@ -38,7 +38,10 @@ def main() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="gru", description="Turn text into a GRU text generator: trained, registered and served."
+        prog="gru",
+        description="Turn text into a GRU text generator: trained, registered and served.",
+        epilog="Embedded services are the Ray head and the MLflow server that run, schedule and sweep start on this "
+        "machine where RAY_ADDRESS and MLFLOW_TRACKING_URI name no others.",
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_workflow_commands(subparsers)
@@ -50,13 +53,22 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_workflow_commands(subparsers: Subparsers) -> None:
     """Add run, schedule, sweep, cancel, down."""
     run = subparsers.add_parser(
-        "run", help="prepare, train, evaluate, promote and serve; the same command resumes after a crash"
+        "run",
+        help="prepare, train, evaluate, promote and serve; the same command resumes after a crash",
+        description="Prepare, train, evaluate, promote and serve. Before it waits for Ctrl-C, print the result as JSON "
+        "on stdout.\nAfter a crash the same command resumes. If CONFIG or the sources have changed, it starts another "
+        "run,\nwhich reuses the stages whose inputs are the same.",
     )
     entry.add_config_arguments(run)
     run.add_argument("--exit", action="store_true", help="exit after the summary instead of serving until Ctrl-C")
     run.set_defaults(command=workflow_commands.run)
 
-    schedule = subparsers.add_parser("schedule", help="stay up and do what `run` does at the times given by --cron")
+    schedule = subparsers.add_parser(
+        "schedule",
+        help="stay up; at the times of --cron, read the sources again and do all stages",
+        description="Stay up, and do what `run` does at the times of --cron with the sources as they are then.\nStages "
+        "whose inputs are the same are reused. After the first time, the endpoint stays up.",
+    )
     entry.add_config_arguments(schedule)
     schedule.add_argument(
         "--cron",
@@ -66,7 +78,12 @@ def _add_workflow_commands(subparsers: Subparsers) -> None:
     )
     schedule.set_defaults(command=workflow_commands.schedule)
 
-    sweep = subparsers.add_parser("sweep", help="train and evaluate variants of a config, and rank them")
+    sweep = subparsers.add_parser(
+        "sweep",
+        help="train and evaluate variants of a config, rank them, promote none",
+        description="Train and evaluate variants of CONFIG, rank them by bits per byte, and print the command for the "
+        "best.\nNone is promoted. CONFIG unchanged is a variant only if an option gives its values.",
+    )
     entry.add_config_arguments(sweep)
     sweep.add_argument(
         "--over",
@@ -81,7 +98,7 @@ def _add_workflow_commands(subparsers: Subparsers) -> None:
         nargs="+",
         action="append",
         default=[],
-        help="also try one variant with these overrides",
+        help="also try one variant with these overrides (repeatable)",
     )
     sweep.add_argument(
         "--at-once", type=_positive, default=1, metavar="N", help="number of trials that run at the same time (1)"
@@ -96,11 +113,21 @@ def _add_workflow_commands(subparsers: Subparsers) -> None:
             "--mlflow-port", type=_port, default=5000, metavar="PORT", help="port of the embedded MLflow server (5000)"
         )
 
-    cancel = subparsers.add_parser("cancel", help="cancel the workflow of a config, its Ray job and its MLflow run")
+    cancel = subparsers.add_parser(
+        "cancel",
+        help="stop the run or sweep of a config; the same command resumes it",
+        description="Stop the unfinished run or sweep of CONFIG, for which the same --set options are needed.\nThe "
+        "command that started it resumes it with the results that exist.",
+    )
     entry.add_config_arguments(cancel)
     cancel.set_defaults(command=commands.cancel)
 
-    down = subparsers.add_parser("down", help="stop the embedded Ray head and MLflow server of a storage")
+    down = subparsers.add_parser(
+        "down",
+        help="stop the embedded services of a storage, also those that a `gru run` uses",
+        description="Stop the Ray head and the MLflow server that `gru run` started on this machine for this storage, "
+        "with the jobs and the endpoint on them, also if that `gru run` is still up.",
+    )
     _add_storage_argument(down)
     down.set_defaults(command=commands.down)
 
@@ -113,10 +140,18 @@ def _add_inspection_commands(subparsers: Subparsers) -> None:
     status.set_defaults(command=commands.status)
 
     lineage = subparsers.add_parser(
-        "lineage", help="show which run, checkpoint, dataset and sources a registered model was made from"
+        "lineage",
+        help="show which run, checkpoint, dataset and sources a registered model was made from",
+        description="Show which run, checkpoint, dataset and sources a registered model was made from. The "
+        "MLflow server must be up. The exit status is 1 if one of them differs, not if a checkpoint or dataset was "
+        "deleted, which is shown as absent.",
     )
     lineage.add_argument("model", metavar="MODEL", help="NAME (its champion), NAME@ALIAS or NAME:VERSION")
-    lineage.add_argument("--verify", action="store_true", help="check the digests of all files that still exist")
+    lineage.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files that still exist, and compare them with what the model was made from",
+    )
     lineage.add_argument("--json", action="store_true", help="print JSON instead of a report")
     lineage.add_argument(
         "--storage",
@@ -132,7 +167,10 @@ def _add_inspection_commands(subparsers: Subparsers) -> None:
 
 def _add_serving_commands(subparsers: Subparsers) -> None:
     """Add generate, rollback, key."""
-    generate = subparsers.add_parser("generate", help="print a text that the endpoint generates")
+    generate = subparsers.add_parser(
+        "generate",
+        help="print a text that the endpoint generates, while it is up",
+    )
     entry.add_config_arguments(generate)
     generate.add_argument("prompt", metavar="PROMPT", help="beginning of the text")
     generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="length limit, in tokens (200)")
@@ -144,11 +182,20 @@ def _add_serving_commands(subparsers: Subparsers) -> None:
     generate.epilog = f"{environment}\n\n{generate.epilog}"
     generate.set_defaults(command=commands.generate)
 
-    rollback = subparsers.add_parser("rollback", help="move @champion back to the version that had it before")
+    rollback = subparsers.add_parser(
+        "rollback",
+        help="move @champion back to the version that had it before",
+        description="Move @champion back to the version that had it before; a second rollback moves it one further "
+        "back.\nThe MLflow server must be up.",
+    )
     entry.add_config_arguments(rollback)
     rollback.set_defaults(command=commands.rollback)
 
-    key = subparsers.add_parser("key", help="create an API key for the endpoint")
+    key = subparsers.add_parser(
+        "key",
+        help="print a new API key, and a line to add to the file `serve.keys`",
+        description="Print a new API key, and a line to add to the file that serve.keys names. No file is written.",
+    )
     key.add_argument("owner", metavar="OWNER", help="name of the key's user, which appears in the request log")
     key.set_defaults(command=commands.key)
 
