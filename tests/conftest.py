@@ -13,6 +13,7 @@ from xdist.scheduler import LoadScopeScheduling
 from jobs import entry
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: waiting threads leave the core to others
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: other tests would starve Ray's workers
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 entry.quiet_libraries()

@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 GRU = [str(Path(sys.executable).with_name("gru"))]
 
-STEPS = 1200  # about half a minute: long enough to kill it meanwhile
+STEPS = 600  # enough to be killed in
 
 CONFIG = """
 name = "fables"
