@@ -45,13 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_workflow_commands(subparsers)
+    _add_stop_commands(subparsers)
     _add_inspection_commands(subparsers)
     _add_serving_commands(subparsers)
     return parser
 
 
 def _add_workflow_commands(subparsers: Subparsers) -> None:
-    """Add run, schedule, sweep, cancel, down."""
+    """Add run, schedule and sweep."""
     run = subparsers.add_parser(
         "run",
         help="prepare, train, evaluate, promote and serve; the same command resumes after a crash",
@@ -106,13 +107,20 @@ def _add_workflow_commands(subparsers: Subparsers) -> None:
     sweep.set_defaults(command=workflow_commands.sweep)
 
     for parser in (run, schedule, sweep):
-        parser.add_argument(
-            "--ray-port", type=_port, default=8265, metavar="PORT", help="port of the embedded Ray head (8265)"
-        )
-        parser.add_argument(
-            "--mlflow-port", type=_port, default=5000, metavar="PORT", help="port of the embedded MLflow server (5000)"
-        )
+        _add_port_arguments(parser)
 
+
+def _add_port_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ray-port", type=_port, default=8265, metavar="PORT", help="port of the embedded Ray head (8265)"
+    )
+    parser.add_argument(
+        "--mlflow-port", type=_port, default=5000, metavar="PORT", help="port of the embedded MLflow server (5000)"
+    )
+
+
+def _add_stop_commands(subparsers: Subparsers) -> None:
+    """Add cancel and down."""
     cancel = subparsers.add_parser(
         "cancel",
         help="stop the run or sweep of a config; the same command resumes it",

@@ -22,6 +22,7 @@ class Recorder:
     def __init__(self, stop_after: int | None = None) -> None:
         self.tokens: list[int] = []
         self.logprobs: list[Logprobs | None] = []
+        self.notified = 0
         self.end: object = None
         self._stop_after = stop_after
         self._done = threading.Event()
@@ -32,6 +33,7 @@ class Recorder:
         return len(self.tokens) == self._stop_after
 
     def notify(self, end: Finish | Exception | None) -> None:
+        self.notified += 1
         if end is not None:
             self.end = end
             self._done.set()

@@ -72,13 +72,13 @@ def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(model: GRULangu
     streams = [engine.submit(Request([1], params, 100_000, recorder)) for recorder in recorders[:3]]
     with pytest.raises(Overloaded):
         engine.submit(Request([1], SamplingParams(0), 1, recorders[3]))
-    while not recorders[0].tokens:
+    while not recorders[0].notified:
         time.sleep(0.001)
     assert (engine.active, engine.waiting) == (1, 2)
     engine.cancel(streams[1])  # in the queue
     assert engine.waiting == 1
     engine.cancel(streams[0])  # in a slot
-    while not recorders[2].tokens:
+    while not recorders[2].notified:
         time.sleep(0.001)
     assert (engine.active, engine.waiting) == (1, 0)
     engine.submit(Request([1], SamplingParams(0), 1, recorders[3]))
