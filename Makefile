@@ -19,7 +19,7 @@ test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser)' $(ARGS)
 
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'faults and not chaos' $(ARGS)
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster -rP $(ARGS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import psutil
 import pytest
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -110,6 +111,23 @@ def test_workers_that_fail_too_often_end_the_run(start: Callable[..., Training])
     assert "error: training failed more often than train.max_failures = 1: worker 0 died" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.status() == "FAILED"
+
+
+def test_a_node_is_killed(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
+    run = start()
+    run.wait_for_step(60)
+    node = run.node_with_a_worker()
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    kill_all([raylet, *raylet.children(recursive=True)])  # like a machine that loses its power
+    try:
+        run.finish()
+    finally:
+        cluster.remove_node(node, allow_graceful=False)
+        cluster.add_node(num_cpus=1)
+    assert "failure 1 of at most 3" in run.stderr
+    result = json.loads((run.storage / "out.txt").read_text().splitlines()[-1])
+    assert result["stage"] == "train", "the result is not the last line of stdout"
+    assert_as_undisturbed(run, expected)
 
 
 def test_a_node_that_is_about_to_be_preempted(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
