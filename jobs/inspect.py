@@ -103,7 +103,7 @@ def _report(dataset: Dataset, facts: dict[str, Any]) -> str:
     train, heldout = facts["train"], facts["heldout"]
     lines = [
         f"{facts['dataset']}",
-        f"digest      {facts['digest']}" + (", and every file has its digest" if "verified" in facts else ""),
+        f"digest      {facts['digest']}" + (", and every file matches its digest" if "verified" in facts else ""),
         f"sources     {facts['sources']:,} files, {facts['source_bytes'] / 1e6:,.1f} MB",
         f"shards      {facts['shards']:,} files, {facts['shard_bytes'] / 1e6:,.1f} MB, {facts['segments']:,} segments",
         f"tokenizer   {facts['vocabulary']:,} tokens, {facts['tokenizer_digest']}",

@@ -316,7 +316,7 @@ def test_a_user_with_the_token_submits_a_job_and_reads_the_lineage_of_a_model(
         "env --unset=RAY_ADDRESS ray job submit --address=http://head:8265 --working-dir=. -- python -m jobs.inspect"
     )
     output = cluster.hosts["desk"].run(f"cd {CHECKOUT}; {submit} s3://gru/{dataset} --verify")
-    assert "every file is what it says" in output
+    assert "every file matches its digest" in output
     links = json.loads(cluster.hosts["desk"].run("gru lineage fables@champion --verify --json"))
     unread = {link["name"]: link["state"] for link in links if link["state"] != "verified"}
     assert unread == {"version": "found", "run": "found"}  # which are not files

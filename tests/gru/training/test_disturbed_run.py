@@ -116,9 +116,10 @@ def test_workers_are_killed_while_a_checkpoint_is_written(run: DisturbedRun) -> 
     def half_written() -> list[Path]:
         return [p for p in directory.glob("step-*") if p.is_dir() and not (p / DIGESTS).exists()]
 
-    for _ in range(3):  # it may become complete before the kill arrives
+    for _ in range(5):  # it may become complete before the kill arrives
+        workers = run.training.workers()
         wait_until("a partial checkpoint", half_written, every=0)
-        kill_all(run.training.workers())
+        kill_all(workers)
         if half_written():
             break
         run.advance(20)
