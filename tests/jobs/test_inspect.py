@@ -30,7 +30,7 @@ def test_the_report_counts_documents_and_those_left_out(dataset: Dataset) -> Non
     done = inspect(dataset.directory, "--verify")
     assert (done.returncode, done.stderr) == (0, "")
     manifest = dataset.manifest
-    assert f"{manifest.digest}, and every file has its digest" in done.stdout
+    assert f"{manifest.digest}, and every file matches its digest" in done.stdout
     rows = {words[0]: words[1:] for line in done.stdout.splitlines() if (words := line.split())}
     counts = manifest.train
     assert rows["train"] == [f"{n:,}" for n in (counts.documents, counts.bytes, counts.characters, counts.tokens)]
