@@ -9,17 +9,23 @@ INSTALLED := .venv/.installed
 run: $(INSTALLED)
 	$(BIN)/gru run pipelines/configs/quickstart.toml $(ARGS)
 
-# Two processes: while one waits for a Ray, an MLflow or a Postgres to start, the other computes.
-SIDE_BY_SIDE := --numprocesses 2 --no-loadscope-reorder
+# Two processes share the files: while one waits for a Ray or an MLflow to start, the other computes.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
+# The pipeline's tests run alone: they start services and trainings of their own, and time their kills.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore=tests/pipelines
+	$(BIN)/python -m pytest tests/pipelines
+endif
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser)' $(ARGS)
 
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'faults and not chaos' $(ARGS)
+	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster -rP $(ARGS)

@@ -5,10 +5,8 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from jobs import entry
 
@@ -19,7 +17,6 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 entry.quiet_libraries()
 
 
-PIPELINES = "tests/pipelines/"
 SERVICES = {"ray_local", "cluster", "mlflow_store", "empty_database", "bucket", "postgres", "pipeline"}
 """Fixtures that start a service; importing Ray or MLflow alone takes seconds."""
 
@@ -27,21 +24,6 @@ SERVICES = {"ray_local", "cluster", "mlflow_store", "empty_database", "bucket", 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if SERVICES.intersection(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.services)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests of the pipeline, which take longest."""
-    items.sort(key=lambda item: PIPELINES not in item.nodeid)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    """Keep the tests of a file, and all tests of the pipeline, in one of the processes that run side by side."""
-    return Scheduling(config, log)
-
-
-class Scheduling(LoadScopeScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        return PIPELINES if PIPELINES in nodeid else nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,7 @@ class Pipeline:
 
     def check(self) -> None:
         """Assert that it succeeded, with each step in MLflow once."""
-        assert self.running.process.wait(timeout=300) == 0, self.stderr
+        assert self.running.process.wait(timeout=600) == 0, self.stderr
         assert json.loads(self.running.out.read_text().splitlines()[-1])["model"] == "fables"
         logged = json.loads(self.cluster.hosts["desk"].python(RUNS.format(name=self.name)))
         names = ["evaluate", "fables", "prepare", "promote", "train"]
