@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 # -fopenmp uses the libgomp that torch has loaded, so that both share one pool of threads.
@@ -34,17 +35,31 @@ def _compiled(source: Path, command: list[str]) -> Path:
     digest = hashlib.sha256(f"{command} {instructions()}".encode())
     for path in (source, *sorted(source.parent.glob("*.h"))):
         digest.update(path.read_bytes())
+
+    def build(draft: Path) -> None:
+        compiler = subprocess.run([*command, str(source), "-o", str(draft), "-lm"], capture_output=True, text=True)
+        if compiler.returncode:
+            raise OSError(f"{command[0]} ended with status {compiler.returncode}: {compiler.stderr.strip()}")
+
+    return cached(f"{source.stem}-{digest.hexdigest()[:16]}.so", build)
+
+
+def cached(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the path of a file in the user's cache. If it is absent, `build` writes it first.
+
+    Where the home directory is not writable, the file is built for this process alone.
+    """
     directory = Path.home() / ".cache" / "gru-pipeline"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # the home directory is not writable
+    except OSError:
         directory = Path(tempfile.mkdtemp(prefix="gru-pipeline-"))
-    path = directory / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+    path = directory / name
     if not path.exists():
         draft = path.with_suffix(f".{os.getpid()}")
-        compiler = subprocess.run([*command, str(source), "-o", str(draft), "-lm"], capture_output=True, text=True)
-        if compiler.returncode:
+        try:
+            build(draft)
+            draft.rename(path)
+        finally:
             draft.unlink(missing_ok=True)
-            raise OSError(f"{command[0]} ended with status {compiler.returncode}: {compiler.stderr.strip()}")
-        draft.rename(path)
     return path
