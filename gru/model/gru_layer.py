@@ -9,13 +9,12 @@ Cho et al. 2014 (arXiv:1406.1078), with the reset gate applied after the recurre
 torch.nn.GRU have it. T time steps, B lanes, N = T * B, E input width, H hidden width; nH: n blocks of H side by side.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gru.model import gru_cpu
+from gru.model import gru_cpu, gru_cuda
 from gru.model.workspace import workspace
 
 UPDATE_GATE_BIAS = 1.0
@@ -31,8 +30,8 @@ class GRU(nn.Module):
     Input projections are Xavier-uniform, recurrent matrices orthogonal for each gate, and the update gate's bias
     is positive (Jozefowicz et al. 2015 do the same for the LSTM's forget gate).
 
-    On a CPU, `GRUFunction` computes the layer if gradients are needed or the matrix products are in bf16. Otherwise,
-    and on a GPU, torch.nn.GRU does.
+    On a CPU, `GRUFunction` computes the layer if gradients are needed or the matrix products are in bf16. On a GPU,
+    `GRUCuda` does if they are in bf16 and the shape suits it. torch.nn.GRU computes the rest.
     """
 
     def __init__(self, input_size: int, hidden_size: int, matmul_dtype: torch.dtype = torch.float32) -> None:
@@ -50,7 +49,12 @@ class GRU(nn.Module):
             bias_ih.chunk(3)[1].fill_(UPDATE_GATE_BIAS)
 
     def forward(self, x_TBE: Tensor, h_BH: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden state after each time step [T, B, H], and after the last one [B, H]."""
+        """Return the hidden state after each time step [T, B, H], in the type of x or of the matrix products' factors,
+        and after the last one [B, H]."""
+        if x_TBE.device.type == "cuda" and self.matmul_dtype is torch.bfloat16:
+            steps = gru_cuda.steps_for(self.gru.hidden_size, x_TBE.shape[1], x_TBE.device)
+            if steps:
+                return gru_cuda.GRUCuda.apply(x_TBE, h_BH, *self.gru.all_weights[0], steps)
         if x_TBE.device.type == "cpu" and (torch.is_grad_enabled() or self.matmul_dtype != x_TBE.dtype):
             out_TBH = GRUFunction.apply(
                 x_TBE, h_BH, *self.gru.all_weights[0], self.matmul_dtype, torch.is_grad_enabled()
@@ -229,9 +233,3 @@ def n_first(rows_3H: Tensor) -> Tensor:
 def n_last(rows_3H: Tensor) -> Tensor:
     """Return blocks of rows in the order n, r, z as r, z, n, torch.nn.GRU's order."""
     return rows_3H.roll(-(len(rows_3H) // 3), 0)
-
-
-def dropout_mask(share: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Return a tensor of zeros, with probability `share`, and 1 / (1 - share)."""
-    assert 0 <= share < 1 and math.prod(shape) > 0
-    return (torch.rand(shape, generator=generator) >= share).float() / (1 - share)
