@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gru.model import loss_cuda
 from gru.model.interface import LanguageModel
 from gru.model.workspace import workspace
 
@@ -33,7 +34,9 @@ def cross_entropy(
 
     `matmul_dtype` is the type to which the factors of matrix products are rounded; all else stays in the type of x.
     """
-    return CrossEntropy.apply(x_NE, weight_VE, bias_V, targets_N, weights_N, matmul_dtype, torch.is_grad_enabled())
+    arguments = x_NE, weight_VE, bias_V, targets_N, weights_N, matmul_dtype, torch.is_grad_enabled()
+    kernel = loss_cuda.kernel_for(x_NE, matmul_dtype)
+    return loss_cuda.CrossEntropyCuda.apply(*arguments, kernel) if kernel else CrossEntropy.apply(*arguments)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -102,9 +105,9 @@ def stream_loss(model: LanguageModel, batches: Iterable[tuple[np.ndarray, ...]],
     """
     device = model.output_bias.device
     state_LBH = model.initial_state(lanes)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         inputs_TB, targets_TB, weights_TB = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch)
         loss, state_LBH = model.loss(inputs_TB, targets_TB, state_LBH, weights_TB=weights_TB)
-        total += float(loss)
-    return total
+        total += loss
+    return float(total)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Free buffers by shape, type and device. A buffer that is never given back is freed like any other tensor."""
+    """Free buffers in CPU memory. One that is never given back is freed like any other tensor."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
@@ -23,6 +23,8 @@ class Workspace:
     def give(self, *buffers: Tensor) -> None:
         """Return buffers to the pool; their content may change from now on."""
         for buffer in buffers:
+            if buffer.device.type != "cpu":
+                continue  # torch's allocator for GPUs is such a pool
             self._free[tuple(buffer.shape), buffer.dtype, buffer.device].append(buffer)
 
 
