@@ -213,17 +213,20 @@ def train_for(
     while elapsed < seconds and all(map(math.isfinite, curve.heldout)):
         started = time.perf_counter()
         inputs_TB, targets_TB = batch(learner.step)
-        loss, norm = learner.train_step(inputs_TB, targets_TB, elapsed=elapsed / seconds)
+        loss = learner.train_step(inputs_TB, targets_TB, elapsed=elapsed / seconds)
+        if learner.step % learner.config.log_steps == 0:
+            learner.confirm()  # the clock includes the work of a GPU
         elapsed += time.perf_counter() - started
         step_losses.append(loss)
         tokens += inputs_TB.size
         due = sum(mark <= elapsed for mark in marks) - len(curve.heldout)
         if not due and elapsed - last_point < seconds / MAX_POINTS:
             continue
+        norm = learner.confirm()
         metrics = {
             LOSS: float(torch.stack(step_losses).mean()),
             "train/gradient_norm": norm,
-            "train/learning_rate": learner.optimizer.param_groups[0]["lr"],
+            "train/learning_rate": learner.learning_rate,
             "train/tokens_per_second": tokens / (elapsed - last_point),
             "train/seconds": elapsed,
         }

@@ -67,12 +67,12 @@ class LaneOrder:
 
     def _permute(self, epoch: int) -> tuple[Tokens, Tokens]:
         """Return the segments in this epoch's order, and the position where each one ends."""
-        key = _splitmix64(_splitmix64(np.array([self._seed], dtype=np.uint64)) ^ np.uint64(epoch))
-        order = np.argsort(_splitmix64(key ^ np.arange(len(self._sizes), dtype=np.uint64)), kind="stable")
+        key = splitmix64(splitmix64(np.array([self._seed], dtype=np.uint64)) ^ np.uint64(epoch))
+        order = np.argsort(splitmix64(key ^ np.arange(len(self._sizes), dtype=np.uint64)), kind="stable")
         return order, np.cumsum(self._sizes[order])
 
 
-def _splitmix64(x: Tokens) -> Tokens:
+def splitmix64(x: Tokens) -> Tokens:
     """Return splitmix64 of each number, which unlike numpy's generators never changes with numpy's version.
 
     Steele, Lea and Flood, 2014: https://doi.org/10.1145/2714064.2660195.

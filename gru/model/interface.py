@@ -23,8 +23,10 @@ class LanguageModel(Protocol):
     def initial_state(self, lanes: int) -> Tensor:
         """Return the state [L, B, H] before any text, on the model's device."""
 
-    def dropout_masks(self, lanes: int, generator: torch.Generator) -> Tensor | None:
-        """Return the dropout masks [L + 1, B, E] of one window; None without dropout."""
+    def dropout_masks(self, lanes: range, all_lanes: int, key: Tensor) -> Tensor | None:
+        """Return the dropout masks [L + 1, B, E] of one window for some of all lanes; None without dropout.
+
+        key: an int64 on the model's device, from which the masks are drawn."""
 
     def loss(
         self,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gru.config import Cell, ModelConfig
 from gru.model.cells import CELLS
-from gru.model.gru_layer import dropout_mask
+from gru.model.dropout import dropout_mask
 from gru.model.loss import cross_entropy
 
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
         out_TBH, h_BH = self.cell(inner, h_BH)
         with torch.autocast(x_TBE.device.type, self.matmul_dtype, enabled=self.matmul_dtype != x_TBE.dtype):
             projected_TBE = self.project(out_TBH)
-        return x_TBE + projected_TBE.to(x_TBE.dtype), h_BH
+        return x_TBE + projected_TBE, h_BH
 
 
 class GRULanguageModel(nn.Module):
@@ -70,15 +70,16 @@ class GRULanguageModel(nn.Module):
         """Return zeros [L, B, H], on the model's device."""
         return self.output_bias.new_zeros(self.config.layers, lanes, self.state_width)
 
-    def dropout_masks(self, lanes: int, generator: torch.Generator) -> Tensor | None:
-        """Return the dropout masks [L + 1, B, E] of one window; None without dropout.
+    def dropout_masks(self, lanes: range, all_lanes: int, key: Tensor) -> Tensor | None:
+        """Return the dropout masks [L + 1, B, E] of one window for some of all lanes; None without dropout.
 
-        Each lane drops the same features at every time step (Gal & Ghahramani 2016, arXiv:1512.05287).
+        Each lane drops the same features at every time step (Gal & Ghahramani 2016, arXiv:1512.05287). The masks are a
+        function of the key, an int64 on the model's device, and of the lane.
         """
         if not self.config.dropout:
             return None
-        shape = (self.config.layers + 1, lanes, self.config.embedding)
-        return dropout_mask(self.config.dropout, shape, generator).to(self.output_bias.device)
+        config = self.config
+        return dropout_mask(config.dropout, config.layers + 1, lanes, all_lanes, config.embedding, key)
 
     def forward(self, tokens_TB: Tensor, state_LBH: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [T, B, V] of the token after each input token, and the state [L, B, H] after the last.

@@ -127,12 +127,12 @@ class Transformer(nn.Module):
         """Return an empty state [0, B, 0], on the model's device."""
         return self.output_bias.new_zeros(0, lanes, 0)
 
-    def dropout_masks(self, lanes: int, generator: torch.Generator) -> Tensor | None:
+    def dropout_masks(self, lanes: range, all_lanes: int, key: Tensor) -> Tensor | None:
         """Return an empty tensor [0, B], which turns dropout on; None without dropout.
 
         The dropped features are drawn while they are computed, from torch's own generator.
         """
-        return self.output_bias.new_zeros(0, lanes) if self.config.dropout else None
+        return self.output_bias.new_zeros(0, len(lanes)) if self.config.dropout else None
 
     def forward(self, tokens_TB: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [T, B, V] of the token after each input token, and the empty state."""

@@ -1,6 +1,7 @@
 """The learner: a model with its optimizer, its moving average and the states of the worker's own lanes.
 
-Plain PyTorch in one process of a group. It knows neither Ray nor where tokens come from.
+Plain PyTorch in one process of a group. It knows neither Ray nor where tokens come from. A step is the same sequence of
+operations on the same tensors each time and decides nothing on the host, so that it can be a CUDA graph.
 T time steps, B own lanes, G all lanes, L layers, H state width, P all parameters, flattened.
 """
 
@@ -12,20 +13,21 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from gru.config import ModelConfig, TrainConfig
-from gru.corpus.batches import stream_batches
+from gru.corpus.batches import splitmix64, stream_batches
 from gru.model.interface import LanguageModel
 from gru.model.language_model import GRULanguageModel
 from gru.model.loss import stream_loss
 from gru.model.precision import MATMUL_DTYPES, resolve
 from gru.training.checkpoint import Checkpoint
+from gru.training.flat import Layout
+from gru.training.optimizer import Optimizer
 from gru.training.reduction import tree_sum
-
-OPTIMIZER_FIELDS = ("step", "exp_avg", "exp_avg_sq")  # of torch.optim.AdamW
+from gru.training.step_graph import StepGraph
+from gru.training.step_inputs import StepInputs
 
 
 class Diverged(Exception):
@@ -59,26 +61,11 @@ def learning_rate(config: TrainConfig, step: int, elapsed: float | None = None) 
     return config.learning_rate * warmup * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
-class Objective(nn.Module):
-    """A model's loss as the `forward` of a module, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, inputs_TB: Tensor, targets_TB: Tensor, state_LBH: Tensor, masks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the summed loss in nats, and the next state."""
-        return self.model.loss(inputs_TB, targets_TB, state_LBH, masks)
-
-
 class Learner:
     """The state of training in one worker, and its steps.
 
-    Every random number is drawn from (seed, step) for all G lanes at once and then sliced, so that the random numbers
-    of a lane do not depend on the number of workers. build: constructs the model from (config, vocab_size,
-    matmul_dtype).
+    Every random number is a function of (seed, step, lane), so that those of a lane do not depend on the number of
+    workers. build: constructs the model from (config, vocab_size, matmul_dtype).
     """
 
     def __init__(
@@ -103,76 +90,91 @@ class Learner:
         self.precision = resolve(model, self.device)
         self.model = build(model, vocab_size, MATMUL_DTYPES[self.precision]).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        objective = Objective(self.model)
-        with_ddp = world > 1 and not config.bitwise_elastic
-        self.objective = DistributedDataParallel(objective) if with_ddp else objective
+        self._layout = Layout(self.model)
+        self._weights_P, self._average_P = self._layout.flatten(self.model), self._layout.flatten(self.average)
+        self._gradient_P = torch.zeros_like(self._weights_P)
         self.state_LBH = self.model.initial_state(len(self.lanes))
-        self.optimizer = _optimizer(self.model, config)
-        if with_ddp:
-            self._settle_buckets()
+        self._inputs = StepInputs(config.sequence_length, len(self.lanes), self.device)
+        # The results of the last step, and 1 after a gradient that is not finite.
+        self._loss, self._norm, self._diverged = self._weights_P.new_zeros(3).unbind()
+        self._done = torch.zeros((), dtype=torch.int64, device=self.device)
+        rate, skip = self._inputs.learning_rate, self._diverged
+        self._optimizer = Optimizer(self._layout, self._weights_P, self._gradient_P, config, rate, skip)
+        # With `bitwise_elastic`, workers send each other one part after another, which no graph records.
+        self._run = StepGraph(self._compute, self.device, record=not config.bitwise_elastic)
 
-    def _settle_buckets(self) -> None:
-        """Run two backward passes and discard the gradients, so that DDP has its final buckets from the start.
+    def train_step(self, inputs_TB: np.ndarray, targets_TB: np.ndarray, elapsed: float | None = None) -> Tensor:
+        """Do one optimizer step on a window of the own lanes, without waiting for the device.
 
-        After its first backward, DDP rebuilds its buckets by the order in which gradients arrived. With more than two
-        workers this changes the bits of a sum, and the first step after a resume would differ from the same step of an
-        undisturbed run.
+        Returns this worker's summand of the mean loss over all lanes, in nats per token. `elapsed` is for
+        `learning_rate`. If the gradient is not finite, this step and those after it change nothing and return 0, and
+        `confirm` raises Diverged.
         """
-        tokens_TB = torch.zeros(self.config.sequence_length, len(self.lanes), dtype=torch.int64, device=self.device)
-        for _ in range(2):
-            total, _ = self.objective(tokens_TB, tokens_TB, self.state_LBH, self._dropout_masks())
-            total.backward()
-        self.optimizer.zero_grad()
-
-    def train_step(
-        self, inputs_TB: np.ndarray, targets_TB: np.ndarray, elapsed: float | None = None
-    ) -> tuple[Tensor, float]:
-        """Do one optimizer step on a window of the own lanes.
-
-        Returns this worker's summand of the mean loss over all lanes, in nats per token, and the norm of the gradient
-        before clipping. `elapsed` is for `learning_rate`. Raises Diverged, in all workers alike, if the gradient is not
-        finite.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, elapsed)
-        self.optimizer.zero_grad()
-        compute_gradients = self._gradients_in_parts if self.config.bitwise_elastic else self._gradients_at_once
-        loss, state_LBH = compute_gradients(self._tensor(inputs_TB), self._tensor(targets_TB), self._dropout_masks())
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad()
-            raise Diverged(self.step + 1, norm)
-        self.state_LBH = state_LBH
-        self.optimizer.step()
+        rate = learning_rate(self.config, self.step, elapsed)
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        self._inputs.set(inputs_TB, targets_TB, rate, 1 - decay, self._key())
+        self._run(len(inputs_TB))
         self.step += 1
-        return loss, norm
+        return self._loss.clone()
 
-    def _gradients_at_once(self, inputs_TB: Tensor, targets_TB: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the gradients of the mean loss over all lanes, summed over workers by DDP.
+    def confirm(self) -> float:
+        """Wait for all steps so far, and return the norm of the last one's gradient before clipping.
+
+        Raises Diverged, in all workers alike, if the gradient of a step since the last call is not finite. The learner
+        is then where it was before that step.
+        """
+        norm, diverged, done = torch.stack([self._norm.double(), self._diverged.double(), self._done.double()]).tolist()
+        if diverged:
+            self.step = int(done)
+            self._diverged.zero_()
+            raise Diverged(self.step + 1, norm)
+        return norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the last step."""
+        return float(self._inputs.learning_rate)
+
+    def _compute(self, time_steps: int) -> None:
+        """Compute a step on `_inputs`. If its gradient is not finite or an earlier one was not, it changes nothing."""
+        compute_gradient = self._gradient_in_parts if self.config.bitwise_elastic else self._gradient_at_once
+        loss, state_LBH = compute_gradient(*self._inputs.tokens(time_steps), self._dropout_masks())
+        norm = torch.linalg.vector_norm(self._gradient_P)
+        self._norm.copy_(torch.where(self._diverged > 0, self._norm, norm))
+        torch.maximum(self._diverged, (~norm.isfinite()).float(), out=self._diverged)
+        self._gradient_P *= (self.config.clip / (norm + 1e-6)).clamp(max=1)
+        self._optimizer.step()
+        self._average_P.lerp_(self._weights_P, self._inputs.average_weight * (1 - self._diverged))
+        self.state_LBH.copy_(torch.where(self._diverged > 0, self.state_LBH, state_LBH))
+        self._loss.copy_(loss.masked_fill(self._diverged > 0, 0))
+        self._done += self._diverged == 0
+
+    def _gradient_at_once(self, inputs_TB: Tensor, targets_TB: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Write the gradient of the mean loss over all lanes, summed over workers.
 
         Returns this worker's summand of that loss, and the next states of its lanes.
         """
-        total, state_LBH = self.objective(inputs_TB, targets_TB, self.state_LBH, masks)
+        total, state_LBH = self.model.loss(inputs_TB, targets_TB, self.state_LBH, masks)
         loss = total / (len(inputs_TB) * self.config.batch_size)
-        (loss * self.world).backward()  # DDP divides the sum of gradients by the number of workers
+        self._layout.pack(torch.autograd.grad(loss, self._layout.parameters(self.model)), self._gradient_P)
+        if self.world > 1:
+            dist.all_reduce(self._gradient_P)
         return loss.detach(), state_LBH.detach()
 
-    def _gradients_in_parts(self, inputs_TB: Tensor, targets_TB: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Do what `_gradients_at_once` does, with bits that do not depend on the number of workers.
+    def _gradient_in_parts(self, inputs_TB: Tensor, targets_TB: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Do what `_gradient_at_once` does, with bits that do not depend on the number of workers.
 
         Matrix products have the shape of a part of `bitwise_elastic`, and sums follow one order.
         """
         parts = self.config.bitwise_elastic
         owners = [rank for rank in range(self.world) for _ in share(parts, rank, self.world)]
-        parameters = list(self.model.parameters())
+        parameters = self._layout.parameters(self.model)
         losses, states = [], []
 
         def gradient_of(part: int) -> Tensor:
             lanes = share(self.config.batch_size, part, parts)
             own = slice(lanes.start - self.lanes.start, lanes.stop - self.lanes.start)
-            total, state_LBH = self.objective(
+            total, state_LBH = self.model.loss(
                 inputs_TB[:, own],
                 targets_TB[:, own],
                 self.state_LBH[:, own],
@@ -181,35 +183,33 @@ class Learner:
             loss = total / (len(inputs_TB) * self.config.batch_size)
             losses.append(loss.detach())
             states.append(state_LBH.detach())
-            return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+            return self._layout.pack(torch.autograd.grad(loss, parameters), torch.zeros_like(self._gradient_P))
 
-        out_P = parameters[0].new_empty(sum(parameter.numel() for parameter in parameters))
-        gradient_P = tree_sum(gradient_of, owners, self.rank, out_P)
-        for parameter, gradient in zip(parameters, gradient_P.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
+        tree_sum(gradient_of, owners, self.rank, self._gradient_P)
         return torch.stack(losses).sum(), torch.cat(states, dim=1)
+
+    def _dropout_masks(self) -> Tensor | None:
+        return self.model.dropout_masks(self.lanes, self.config.batch_size, self._inputs.key)
+
+    def _key(self) -> int:
+        """Return the key of the dropout masks of the next step."""
+        seed = splitmix64(np.array([self.config.seed], dtype=np.uint64))
+        return int(splitmix64(seed ^ np.uint64(self.step))[0])
 
     def suspects(self, inputs_TB: np.ndarray, targets_TB: np.ndarray, heartbeat: Callable[[], None]) -> list[int]:
         """Return, after Diverged, the own lanes whose window alone gives a gradient that is not finite."""
-        inputs, targets, masks = self._tensor(inputs_TB), self._tensor(targets_TB), self._dropout_masks()
+        self._inputs.set(inputs_TB, targets_TB, 0.0, 0.0, self._key())
+        inputs, targets = self._inputs.tokens(len(inputs_TB))
+        masks, parameters = self._dropout_masks(), self._layout.parameters(self.model)
         suspects = []
         for index, lane in enumerate(self.lanes):
             heartbeat()
             own = slice(index, index + 1)
-            state_LBH, mask = self.state_LBH[:, own], None if masks is None else masks[:, own]
-            total, _ = self.model.loss(inputs[:, own], targets[:, own], state_LBH, mask)
-            gradients = torch.autograd.grad(total, list(self.model.parameters()))
-            if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            mask = None if masks is None else masks[:, own]
+            total, _ = self.model.loss(inputs[:, own], targets[:, own], self.state_LBH[:, own], mask)
+            if not all(bool(gradient.isfinite().all()) for gradient in torch.autograd.grad(total, parameters)):
                 suspects.append(lane)
         return suspects
-
-    def _dropout_masks(self) -> Tensor | None:
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        masks = self.model.dropout_masks(self.config.batch_size, generator)
-        return None if masks is None else masks[:, self.lanes.start : self.lanes.stop]
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
 
     def heldout_loss(self, tokens: np.ndarray, heartbeat: Callable[[], None] = lambda: None) -> float:
         """Return the mean loss of the averaged weights over a stream of tokens, in nats per token.
@@ -257,50 +257,23 @@ class Learner:
         if self.rank:
             return Checkpoint({}, {**state, "step": self.step})
         tensors = {
-            "model": self.model.state_dict(),
-            "ema": self.average.state_dict(),
-            "optimizer": self._optimizer_tensors(),
-            "lanes": {"state": torch.cat(states, dim=1)},
+            "model": self._layout.views(_copied(self._weights_P)),
+            "ema": self._layout.views(_copied(self._average_P)),
+            "optimizer": self._optimizer.tensors(_copied),
+            "lanes": {"state": _copied(torch.cat(states, dim=1))},
         }
-        copies = {
-            stem: {name: tensor.detach().cpu().contiguous().clone() for name, tensor in group.items()}
-            for stem, group in tensors.items()
-        }
-        return Checkpoint(copies, {**state, "step": self.step})
+        return Checkpoint(tensors, {**state, "step": self.step})
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint, written by any number of workers."""
         self.step = checkpoint.step
+        self._done.fill_(self.step)
         self.model.load_state_dict(checkpoint.tensors["model"])
         self.average.load_state_dict(checkpoint.tensors["ema"])
-        state = checkpoint.tensors["lanes"]["state"][:, self.lanes.start : self.lanes.stop]
-        self.state_LBH = state.contiguous().to(self.device)
-        moments = checkpoint.tensors["optimizer"]
-        for name, parameter in self.model.named_parameters():
-            fields = [field for field in OPTIMIZER_FIELDS if f"{field}/{name}" in moments]
-            if fields:
-                self.optimizer.state[parameter] = {
-                    field: moments[f"{field}/{name}"].to(self.device).clone() for field in fields
-                }
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's state by field and parameter; empty before the first step."""
-        return {
-            f"{field}/{name}": tensor
-            for name, parameter in self.model.named_parameters()
-            for field, tensor in self.optimizer.state.get(parameter, {}).items()
-        }
+        self.state_LBH.copy_(checkpoint.tensors["lanes"]["state"][:, self.lanes.start : self.lanes.stop])
+        self._optimizer.restore(checkpoint.tensors["optimizer"])
 
 
-def _optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only, not on biases and norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    return torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
-        betas=(0.9, config.beta2),
-        fused=True,
-    )
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy in CPU memory."""
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()

@@ -29,6 +29,10 @@ class Meter:
         self.steps += 1
         self.tokens += tokens
 
+    def discard(self, steps: int) -> None:
+        """Take back the last steps, which diverged and whose loss is 0."""
+        self.steps -= steps
+
     def mean_loss(self) -> float:
         """Return this worker's summand of the mean loss, in nats per token."""
         return float(self.loss) / self.steps

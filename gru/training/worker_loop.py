@@ -147,6 +147,7 @@ class WorkerLoop:
             [segment.tokens for segment in self.segments], config.seed, config.batch_size, config.sequence_length
         )
         self.heldout = dataset.first_tokens("heldout", config.heldout_tokens)
+        self.meter = Meter()
         self.coordinator: Coordinator | None = None
         """Rank 0's; None in other workers."""
 
@@ -158,38 +159,42 @@ class WorkerLoop:
                 self._start_coordinator(stack, resumed)
             reader = LaneReader(self.order, self._read, self.dataset.manifest.end_of_text, learner.lanes)
             stack.enter_context(reader)
-            meter = Meter.resumed(resumed.state["since_point"], learner) if resumed else Meter()
+            self.meter = Meter.resumed(resumed.state["since_point"], learner) if resumed else Meter()
             while learner.step < self.config.steps:
-                norm = self._train_step(reader, meter)
-                if norm is None:
-                    return
-                last = learner.step == self.config.steps
-                heldout_loss = None
-                if learner.step % self.config.heldout_steps == 0 or last:
-                    heldout_loss = learner.heldout_loss(self.heldout, self.watchdog.heartbeat)
-                    if not math.isfinite(heldout_loss):  # a finite gradient was too large for the weights all the same
-                        reason = f"the held-out loss is {heldout_loss} at step {learner.step}"
-                        self._report_outcome({"diverged": _advise(reason)})
+                self._train_step(reader)
+                ahead = learner.step
+                try:
+                    if not self._finish_step():
                         return
-                if learner.step % self.config.log_steps == 0 or last or heldout_loss is not None:
-                    self._log(meter, norm, heldout_loss)
-                    meter = Meter()
-                if not self._follow_decision(meter, heldout_loss, last):
+                except Diverged as divergence:
+                    self.meter.discard(ahead - learner.step)
+                    self._report_divergence(divergence, *reader.batch(learner.step))
                     return
 
-    def _train_step(self, reader: LaneReader, meter: Meter) -> float | None:
-        """Train one step, and return the norm of its gradient; None if training diverged, which is then reported."""
+    def _train_step(self, reader: LaneReader) -> None:
         waiting_since = time.monotonic()
         batch = reader.batch(self.learner.step)
-        meter.data_wait += time.monotonic() - waiting_since
-        try:
-            loss, norm = self.learner.train_step(*batch)
-        except Diverged as divergence:
-            self._report_divergence(divergence, meter, *batch)
-            return None
+        self.meter.data_wait += time.monotonic() - waiting_since
+        loss = self.learner.train_step(*batch)
         self.watchdog.heartbeat()
-        meter.add(loss, batch[0].shape[0] * self.config.batch_size)
-        return norm
+        self.meter.add(loss, batch[0].shape[0] * self.config.batch_size)
+
+    def _finish_step(self) -> bool:
+        """Measure, log and save what is due after a step; False if the worker stops. May raise Diverged."""
+        learner, config = self.learner, self.config
+        last = learner.step == config.steps
+        heldout_loss = None
+        if learner.step % config.heldout_steps == 0 or last:
+            learner.confirm()
+            heldout_loss = learner.heldout_loss(self.heldout, self.watchdog.heartbeat)
+            if not math.isfinite(heldout_loss):  # a finite gradient was too large for the weights all the same
+                reason = f"the held-out loss is {heldout_loss} at step {learner.step}"
+                self._report_outcome({"diverged": _advise(reason)})
+                return False
+        if learner.step % config.log_steps == 0 or last or heldout_loss is not None:
+            self._log(learner.confirm(), heldout_loss)
+            self.meter = Meter()
+        return self._follow_decision(heldout_loss, last)
 
     def _start_coordinator(self, stack: ExitStack, resumed: Checkpoint | None) -> None:
         """Start what only rank 0 has: the metrics logger, the checkpoint writer and the coordinator."""
@@ -223,17 +228,17 @@ class WorkerLoop:
                 self.assignment.channel.show.remote(f"could not read the dataset, retrying: {error}")
                 time.sleep(2)
 
-    def _log(self, meter: Meter, norm: float, heldout_loss: float | None) -> None:
-        [mean_loss] = self.learner.sum_over_workers([meter.mean_loss()])
+    def _log(self, norm: float, heldout_loss: float | None) -> None:
+        [mean_loss] = self.learner.sum_over_workers([self.meter.mean_loss()])
         if self.coordinator is None:
             return
-        metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": norm, **meter.rates()}
-        metrics["train/learning_rate"] = self.learner.optimizer.param_groups[0]["lr"]
+        metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": norm, **self.meter.rates()}
+        metrics["train/learning_rate"] = self.learner.learning_rate
         if heldout_loss is not None:
             metrics["heldout/loss"] = heldout_loss
         self.coordinator.log(self.learner.step, metrics)
 
-    def _follow_decision(self, meter: Meter, heldout_loss: float | None, last: bool) -> bool:
+    def _follow_decision(self, heldout_loss: float | None, last: bool) -> bool:
         """Do what the coordinator decides after a step; False if the worker stops, with its last checkpoint written."""
         learner = self.learner
         decision = STOP if last else 0
@@ -245,49 +250,49 @@ class WorkerLoop:
             outcome = {} if last else {"stopped": learner.step}
         elif decision & CHECK_PREEMPTION and ray.train.get_preemption_info() is not None:
             outcome = {"preempted": learner.step}
+        if outcome is not None or decision & SAVE:
+            learner.confirm()
         if outcome is not None:
-            failure = self._save_last(meter, heldout_loss)
+            failure = self._save_last(heldout_loss)
             self._report_outcome({"unsaved": failure} if failure else outcome)
             return False
         if decision & SAVE:
             started = time.monotonic()
-            checkpoint = self._checkpoint(meter, heldout_loss)
+            checkpoint = self._checkpoint(heldout_loss)
             if self.coordinator:
                 self.coordinator.writer.begin(checkpoint)
                 self.coordinator.mark_saved(learner.step)
-            meter.checkpoint_wait += time.monotonic() - started
+            self.meter.checkpoint_wait += time.monotonic() - started
         return True
 
-    def _checkpoint(self, meter: Meter, heldout_loss: float | None) -> Checkpoint:
-        [loss] = self.learner.sum_over_workers([float(meter.loss)])
+    def _checkpoint(self, heldout_loss: float | None) -> Checkpoint:
+        [loss] = self.learner.sum_over_workers([float(self.meter.loss)])
         state = {
             "identity": self.assignment.identity,
             "seed": self.config.seed,
             "precision": self.learner.precision,
             "heldout_loss": heldout_loss,
             "versions": {"torch": str(torch.__version__), "ray": ray.__version__},
-            "since_point": {"loss": loss, "steps": meter.steps},
+            "since_point": {"loss": loss, "steps": self.meter.steps},
             "points": self.coordinator.writer.points() if self.coordinator else [],
         }
         return self.learner.checkpoint(state)
 
-    def _save_last(self, meter: Meter, heldout_loss: float | None) -> str | None:
+    def _save_last(self, heldout_loss: float | None) -> str | None:
         """Write the last checkpoint; return why it could not be written. Only rank 0 knows; others return None."""
-        checkpoint = self._checkpoint(meter, heldout_loss)
+        checkpoint = self._checkpoint(heldout_loss)
         if self.coordinator and not self.coordinator.writer.finish(
             checkpoint, SAVE_PATIENCE_SECONDS, self.watchdog.heartbeat
         ):
             return f"step {self.learner.step:,}: could not save the checkpoint: {self.coordinator.writer.failure}"
         return None
 
-    def _report_divergence(
-        self, divergence: Diverged, meter: Meter, inputs_TB: np.ndarray, targets_TB: np.ndarray
-    ) -> None:
+    def _report_divergence(self, divergence: Diverged, inputs_TB: np.ndarray, targets_TB: np.ndarray) -> None:
         """Save the weights from before the step, and report the lanes whose gradients diverge and their documents."""
         learner = self.learner
         suspects = set(learner.suspects(inputs_TB, targets_TB, self.watchdog.heartbeat))
         marks = learner.sum_over_workers([float(lane in suspects) for lane in range(self.config.batch_size)])
-        saved = self._save_last(meter, None) or f"saved at step {learner.step}"
+        saved = self._save_last(None) or f"saved at step {learner.step}"
         if self.coordinator is None:
             return
         lanes = [{"lane": lane, "documents": self._documents(lane)} for lane, mark in enumerate(marks) if mark]

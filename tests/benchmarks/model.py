@@ -101,7 +101,7 @@ def loss_after_equal_steps(text: Path | None) -> None:
     losses = {}
     for name, learner in sides.items():
         with LaneReader(order, lambda index: tokens, len(vocabulary), learner.lanes) as reader:
-            losses[name] = np.mean([float(learner.train_step(*reader.batch(step))[0]) for step in range(STEPS)][-20:])
+            losses[name] = np.mean([float(learner.train_step(*reader.batch(step))) for step in range(STEPS)][-20:])
     print(f"loss after {STEPS} steps: " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
 

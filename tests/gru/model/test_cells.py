@@ -138,7 +138,7 @@ def train(learner: Learner, steps: int) -> list[float]:
     config = learner.config
     order = LaneOrder([len(CORPUS)], config.seed, config.batch_size, config.sequence_length)
     with LaneReader(order, lambda index: CORPUS, END, learner.lanes) as reader:
-        return [float(learner.train_step(*reader.batch(learner.step))[0]) for _ in range(steps - learner.step)]
+        return [float(learner.train_step(*reader.batch(learner.step))) for _ in range(steps - learner.step)]
 
 
 def learner(name: Cell) -> Learner:

@@ -70,8 +70,8 @@ def test_its_loss_is_that_of_its_logits(matmul_dtype: torch.dtype) -> None:
 def test_dropout_applies_in_training_alone() -> None:
     model = make(TransformerConfig(width=32, layers=2, heads=2, feed_forward=64, dropout=0.5))
     inputs, targets = torch.randint(0, 50, (2, 30, 4))
-    state, masks = model.initial_state(4), model.dropout_masks(4, torch.Generator())
-    assert make().dropout_masks(4, torch.Generator()) is None
+    state, masks = model.initial_state(4), model.dropout_masks(range(4), 4, torch.tensor(0))
+    assert make().dropout_masks(range(4), 4, torch.tensor(0)) is None
     assert model.loss(inputs, targets, state)[0] == model.loss(inputs, targets, state)[0]
     assert model.loss(inputs, targets, state, masks)[0] != model.loss(inputs, targets, state, masks)[0]
 

@@ -53,7 +53,7 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
         order, lambda i: dataset.read_segment(segments[i]), dataset.manifest.end_of_text, alone.lanes
     ) as reader:
         for step in range(60):
-            losses.append(float(alone.train_step(*reader.batch(step))[0]))
+            losses.append(float(alone.train_step(*reader.batch(step))))
     means = [sum(losses[i : i + 10]) / 10 for i in range(0, 60, 10)]
     assert [loss for _, loss in logged] == pytest.approx(means, rel=1e-4)
 
