@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: run test test-fast test-faults test-cluster test-browser lint bench clean
+.PHONY: run test test-fast test-faults test-cluster test-browser test-gpu bench-gpu lint bench clean
 .SILENT:
 
 run: $(INSTALLED)
@@ -32,6 +32,15 @@ test-cluster: $(INSTALLED)
 
 test-browser: $(INSTALLED)
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+# These need only torch, numpy, pydantic, safetensors and pytest: on a machine without .venv, those of PYTHON.
+GPU_PYTHON := $(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON))
+
+test-gpu:
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+
+bench-gpu:
+	$(GPU_PYTHON) -m tests.benchmarks.gpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
