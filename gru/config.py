@@ -21,6 +21,7 @@ BUILT_IN_SOURCES = ("python-stdlib",)
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
+GpuCount = Annotated[int, Field(ge=0, le=1)]
 Cell = Literal["gru", "lstm", "rnn", "mingru"]
 
 
@@ -373,25 +374,36 @@ class PrepareResources(Resources):
     cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each task.")
 
 
-class TrainResources(Resources):
-    """The resources of each training worker."""
+class GpuResources(Resources):
+    """The resources of a stage whose processes can each compute on a GPU."""
 
-    cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each worker.")
-    gpus: Annotated[int, Field(ge=0, le=1)] = Field(
-        0, description="GPUs of each worker: with 1 it trains on the GPU, and workers communicate through NCCL."
-    )
+    gpus: GpuCount = Field(0, description="GPUs of each process.")
 
     def amounts(self) -> dict[str, float]:
         return {**super().amounts(), "GPU": self.gpus}
 
 
-class EvaluateResources(Resources):
+class TrainResources(GpuResources):
+    """The resources of each training worker."""
+
+    cpus: Annotated[float, Field(gt=0)] = Field(1, description="CPUs that Ray reserves for each worker.")
+    gpus: GpuCount = Field(
+        0, description="GPUs of each worker: with 1 it trains on the GPU, and workers communicate through NCCL."
+    )
+
+
+class EvaluateResources(GpuResources):
     """The resources of the evaluate job, and of the promote job, which scores the current champion."""
 
     cpus: Annotated[float, Field(ge=0)] = Field(
         0,
-        description="CPUs that Ray reserves for the evaluate job, and for the promote job. With 0 and no label, they "
-        "run on the head node.",
+        description="CPUs that Ray reserves for the evaluate job, and for the promote job. Without CPUs, GPU, memory "
+        "and labels, they run on the head node.",
+    )
+    gpus: GpuCount = Field(
+        0,
+        description="GPUs of the evaluate job, and of the promote job: with 1 they score held-out text on the GPU. "
+        "Texts are sampled on the CPU.",
     )
 
 

@@ -70,13 +70,10 @@ def _device(config: PipelineConfig) -> "tuple[torch.device, str]":
     """Set the number of threads. Return the device to train on, and a name of the hardware."""
     import torch
 
-    gpu = config.resources.train.gpus > 0
-    if gpu and not torch.cuda.is_available():
-        raise UserError("resources.train.gpus = 1: this machine has no GPU")
-    device = torch.device("cuda" if gpu else "cpu")
+    device = entry.device("train", config.resources.train)
     threads = config.train.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    return device, torch.cuda.get_device_name(device) if gpu else f"{threads} threads"
+    return device, torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads"
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gru import config as configuration
 from gru import storage
-from gru.config import PipelineConfig
+from gru.config import GpuResources, PipelineConfig
 from gru.errors import GaveUp, Stopped, UserError, find_user_error
+
+if TYPE_CHECKING:
+    import torch
 
 HOME_VARIABLE = "GRU_HOME"
 
@@ -170,6 +173,15 @@ def start_ray() -> None:
         )
     num_cpus = max(4, os.cpu_count() or 1) if address == "local" else None
     ray.init(address, num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def device(stage: str, resources: GpuResources) -> "torch.device":
+    """Return the GPU if the stage's resources have one, else the CPU. Raises UserError if this machine has no GPU."""
+    import torch
+
+    if resources.gpus and not torch.cuda.is_available():
+        raise UserError(f"resources.{stage}.gpus = {resources.gpus}: this machine has no GPU")
+    return torch.device("cuda" if resources.gpus else "cpu")
 
 
 def require_tracking() -> str:

@@ -32,6 +32,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> EvaluateResult:
     from gru.evaluation.scores import read_heldout, score_ngrams, token_losses
 
     started = time.monotonic()
+    device = entry.device("evaluate", config.resources.evaluate)
     settings = config.evaluate
     bundle = load_bundle(trained["bundle"])
     with tracking.stage_run(config.experiment, stage.key, stage.name, context.parent) as run:
@@ -39,14 +40,15 @@ def run(config: PipelineConfig, context: entry.JobContext) -> EvaluateResult:
         context.progress("scoring held-out text")
         dataset = open_dataset(prepared["dataset"])
         heldout = read_heldout(bundle.tokenizer, dataset.texts("heldout"), settings.heldout_bytes)
-        losses = token_losses(bundle.model, heldout, settings.batch_size)
+        losses = token_losses(bundle.model.to(device), heldout, settings.batch_size)
         scores = heldout.scores(float(losses.sum(dtype="float64")), settings.batch_size)
         context.progress(f"{scores.bits_per_byte:.3f} bits per byte; scoring the n-gram model")
         ngram = score_ngrams(dataset, heldout)
         context.progress("measuring loss by context length")
         by_context = context_losses(bundle.model, heldout, losses)
         context.progress("generating samples, and searching the training text for copies")
-        sampling = sample_and_search(bundle.model, bundle.tokenizer, settings, dataset, heldout)
+        # The engine generates on the CPU.
+        sampling = sample_and_search(bundle.model.cpu(), bundle.tokenizer, settings, dataset, heldout)
         measures = scores.measures() | {f"ngram_{name}": value for name, value in ngram.measures().items()}
         shares = {f"temperature-{t:g}": share for t, share in sampling.shares.items()}
         shares["heldout"] = sampling.heldout_shares
@@ -60,12 +62,8 @@ def run(config: PipelineConfig, context: entry.JobContext) -> EvaluateResult:
             run.log_context_losses(contexts, baselines)
         for temperature, text in zip(settings.temperatures, samples, strict=True):
             run.client.log_text(run.id, text, f"samples/temperature-{temperature:g}.txt")
-    for line in report(scores, ngram, by_context, shares):
+    for line in report(scores, ngram, by_context, shares, sampling.searched_bytes):
         context.progress(line)
-    context.progress(
-        f"copied: share of 32-character spans that occur in {sampling.searched_bytes / 1e6:,.1f} MB of training text; "
-        "repeated: share of token 4-grams that occur earlier in the same text"
-    )
     result = {
         "stage": stage.name,
         "key": stage.key,
@@ -82,7 +80,11 @@ def run(config: PipelineConfig, context: entry.JobContext) -> EvaluateResult:
 
 
 def report(
-    scores: "Scores", ngram: "Scores", by_context: "list[ContextLoss]", shares: "dict[str, CopyShares]"
+    scores: "Scores",
+    ngram: "Scores",
+    by_context: "list[ContextLoss]",
+    shares: "dict[str, CopyShares]",
+    searched_bytes: int,
 ) -> Iterator[str]:
     """Yield the lines of a report for people: the model's scores beside those of the n-gram model, the loss by context
     length, and the copy shares."""
@@ -100,6 +102,10 @@ def report(
         values = (share.copied_share, share.repetition)
         copied, repeated = ("" if value is None else f"{value:.1%}" for value in values)
         yield f"{name:30} {copied:>12} {repeated:>12}"
+    yield (
+        f"copied: share of 32-character spans that occur in {searched_bytes / 1e6:,.1f} MB of training text; "
+        "repeated: share of token 4-grams that occur earlier in the same text"
+    )
 
 
 if __name__ == "__main__":

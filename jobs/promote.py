@@ -22,6 +22,8 @@ def run(config: PipelineConfig, context: entry.JobContext) -> PromoteResult:
     from gru.registry import versions
     from gru.registry.versions import fetch_bundle
 
+    device = entry.device("evaluate", config.resources.evaluate)
+
     def score_champion(champion: versions.Version) -> float:
         context.progress(f"scoring the current champion, version {champion.version}, on the same text")
         with tempfile.TemporaryDirectory(prefix="gru-champion-") as directory:
@@ -29,7 +31,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> PromoteResult:
         texts = open_dataset(prepared["dataset"]).texts("heldout")
         settings = config.evaluate
         heldout = read_heldout(bundle.tokenizer, texts, settings.heldout_bytes)
-        return score(bundle.model, heldout, settings.batch_size).bits_per_byte
+        return score(bundle.model.to(device), heldout, settings.batch_size).bits_per_byte
 
     with tracking.stage_run(config.experiment, stage.key, stage.name, context.parent) as run:
         context.progress("registering the model")

@@ -158,6 +158,7 @@ class RayJobs:
                 metadata={PARENT: parent},
                 # Without any of these the driver runs on the head.
                 entrypoint_num_cpus=resources.cpus,
+                entrypoint_num_gpus=resources.amounts().get("GPU"),
                 entrypoint_memory=resources.memory,
                 entrypoint_label_selector=resources.labels,
             )

@@ -55,7 +55,7 @@ def context_losses(model: GRULanguageModel, heldout: HeldoutText, carried: Losse
         positions_TB = positions_B + np.arange(previous, last)[:, None]
         inputs_TB, targets_TB = (heldout.tokens[at].astype(np.int64) for at in (positions_TB, positions_TB + 1))
         losses_TB, state_LBH = window_losses(model, inputs_TB, targets_TB, state_LBH)
-        excess_B = (losses_TB - carried[positions_TB + 1]).mean(axis=0, dtype=np.float64)
+        excess_B = (losses_TB.cpu().numpy() - carried[positions_TB + 1]).mean(axis=0, dtype=np.float64)
         excess, starts = float(excess_B.mean()), len(excess_B)
         error = float(excess_B.std(ddof=1)) / math.sqrt(starts) if starts > 1 else None
         losses.append(ContextLoss(previous + 1, last, starts, float(carried.mean()) + excess, excess, error))

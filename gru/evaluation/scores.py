@@ -1,7 +1,7 @@
 """Scores on held-out text: bits per byte and related measures, of models and of the n-gram baseline.
 
 Measures per byte and per character do not depend on the tokenizer, so they compare models with different tokenizers on
-the same text.
+the same text. The loss is computed on the model's device, in fp32.
 
 N tokens of the text; T time, B lanes, L layers, E embedding, H hidden.
 """
@@ -21,6 +21,7 @@ from gru.corpus.dataset import Dataset, first_texts
 from gru.corpus.tokenizer import Tokenizer
 from gru.evaluation.ngram import NGramModel
 from gru.model.language_model import GRULanguageModel
+from gru.model.precision import without_tf32
 
 SEQUENCE_LENGTH = 256
 MAX_LOGITS = 1 << 24  # in memory at a time
@@ -125,7 +126,7 @@ def token_losses(model: GRULanguageModel, heldout: HeldoutText, lanes: int) -> L
     for inputs_TB, targets_TB, _ in stream_batches(heldout.tokens, lanes, SEQUENCE_LENGTH, heldout.end_of_text):
         losses_TB, state_LBH = window_losses(model, inputs_TB, targets_TB, state_LBH)
         parts.append(losses_TB)
-    return np.concatenate(parts).T.reshape(-1)[: len(heldout.tokens)]  # the last lane ends in padding
+    return torch.cat(parts).T.reshape(-1)[: len(heldout.tokens)].cpu().numpy()  # the last lane ends in padding
 
 
 def score_ngrams(dataset: Dataset, heldout: HeldoutText) -> Scores:
@@ -145,13 +146,17 @@ def _training_tokens(dataset: Dataset, limit: int) -> Tokens:
 
 def window_losses(
     model: GRULanguageModel, inputs_TB: Tokens, targets_TB: Tokens, state_LBH: torch.Tensor
-) -> tuple[Losses, torch.Tensor]:
-    """Return the loss of each target [T, B], in nats, and the next state. The logits are computed a part at a time."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each target [T, B], in nats, and the next state, both on the device of the state.
+
+    The logits are computed a part at a time.
+    """
     inputs, targets = (torch.from_numpy(np.ascontiguousarray(a)).to(state_LBH.device) for a in (inputs_TB, targets_TB))
-    x_TBE, state_LBH = model.features(inputs, state_LBH)
+    with without_tf32():
+        x_TBE, state_LBH = model.features(inputs, state_LBH)
     rows = max(1, MAX_LOGITS // model.vocab_size)
     losses = [
         F.cross_entropy(model.logits(x), row_targets, reduction="none")
         for x, row_targets in zip(x_TBE.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
     ]
-    return torch.cat(losses).view(targets.shape).float().cpu().numpy(), state_LBH
+    return torch.cat(losses).view(targets.shape).float(), state_LBH

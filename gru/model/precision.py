@@ -1,10 +1,11 @@
 """The precision of training: the factors of matrix products are rounded to bf16 where that is faster, else fp32.
 
-Weights, states, gates, sums and losses are fp32 in both cases.
+Weights, states, gates, sums and losses are fp32 in both cases. Scores are computed with `without_tf32`.
 """
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Literal
 
@@ -50,3 +51,13 @@ def bf16_advantage() -> float:
     advantage = best[torch.float32] / best[torch.bfloat16]
     log.info("bf16 matrix products run %.1f times as fast as fp32 on this processor", advantage)
     return advantage
+
+
+def without_tf32() -> AbstractContextManager[None]:
+    """Return a context in which a GPU computes fp32 RNNs in fp32.
+
+    By default cuDNN rounds the factors of their matrix products to tf32, which has 10 bits of mantissa instead of 23.
+    Other matrix products are fp32 by default.
+    https://pytorch.org/docs/main/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+    """
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

@@ -68,6 +68,8 @@ def test_json_text_is_the_same_configuration(minimal: Path) -> None:
         ("train", "--set train: must be section.key=value"),
         ("name.x=1", "name: must be a string"),
         ("resources.train.gpus=2", "resources.train.gpus: must be an integer <= 1, not 2"),
+        ("resources.evaluate.gpus=2", "resources.evaluate.gpus: must be an integer <= 1, not 2"),
+        ("resources.evaluate.gpus=0.5", "resources.evaluate.gpus: must be an integer, not 0.5"),
         ("resources.serve.gpus=1", "resources.serve.gpus: unknown key; known here: cpus, memory, labels"),
         ("resources.train.labels.pool=-", "resources.train.labels.pool: must be a label's value, as in gpu, !gpu, "),
     ],

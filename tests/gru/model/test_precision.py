@@ -23,3 +23,11 @@ def test_auto_chooses_bf16_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, a
 
 def test_the_advantage_is_measured_once() -> None:
     assert precision.bf16_advantage() == precision.bf16_advantage() > 0
+
+
+def test_tf32_is_off_within_the_context_only() -> None:
+    cudnn = torch.backends.cudnn
+    before = (cudnn.enabled, cudnn.allow_tf32)
+    with precision.without_tf32():
+        assert (cudnn.enabled, cudnn.allow_tf32) == (True, False)
+    assert (cudnn.enabled, cudnn.allow_tf32) == before
