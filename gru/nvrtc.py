@@ -84,7 +84,7 @@ def _compile(text: bytes, name: str, flags: list[str]) -> bytes:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise OSError(f"{name} does not compile: {log.decode(errors='replace').strip()}")
+        raise OSError(f"{name} does not compile: {log.decode(errors='replace').strip(chr(0)).strip()}")
     cubin = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
     nvrtc.nvrtcGetCUBIN(program, cubin)
     return cubin

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gru.model import loss_cuda
 from gru.model.interface import LanguageModel
+from gru.model.precision import without_tf32
 from gru.model.workspace import workspace
 
 CHUNK_LOGITS = 1 << 24
@@ -108,6 +109,7 @@ def stream_loss(model: LanguageModel, batches: Iterable[tuple[np.ndarray, ...]],
     total = torch.zeros((), dtype=torch.float64, device=device)
     for batch in batches:
         inputs_TB, targets_TB, weights_TB = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in batch)
-        loss, state_LBH = model.loss(inputs_TB, targets_TB, state_LBH, weights_TB=weights_TB)
+        with without_tf32():
+            loss, state_LBH = model.loss(inputs_TB, targets_TB, state_LBH, weights_TB=weights_TB)
         total += loss
     return float(total)

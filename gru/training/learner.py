@@ -142,7 +142,8 @@ class Learner:
         norm = torch.linalg.vector_norm(self._gradient_P)
         self._norm.copy_(torch.where(self._diverged > 0, self._norm, norm))
         torch.maximum(self._diverged, (~norm.isfinite()).float(), out=self._diverged)
-        self._gradient_P *= (self.config.clip / (norm + 1e-6)).clamp(max=1)
+        # Between the parameters there are zeros, which must not become NaN.
+        self._gradient_P *= (self.config.clip / (norm + 1e-6)).clamp(max=1).nan_to_num(0)
         self._optimizer.step()
         self._average_P.lerp_(self._weights_P, self._inputs.average_weight * (1 - self._diverged))
         self.state_LBH.copy_(torch.where(self._diverged > 0, self.state_LBH, state_LBH))

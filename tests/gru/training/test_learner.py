@@ -1,5 +1,6 @@
 """Tests of training without Ray: it learns, a resume is exact, and the number of workers does not change results."""
 
+import copy
 import itertools
 import os
 from collections.abc import Callable
@@ -70,6 +71,69 @@ def test_precisions_agree_on_the_loss() -> None:
     assert train(rounded, 12) == pytest.approx(train(exact, 12), rel=5e-3)
     assert rounded.heldout_loss(tokens()[:301]) == pytest.approx(exact.heldout_loss(tokens()[:301]), rel=5e-3)
     assert all(tensor.dtype == torch.float32 for tensor in weights(rounded).values())
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_a_step_computes_what_a_plain_one_does(clip: float) -> None:
+    """Bit for bit: flat buffers, and decisions on the device, change nothing. Sizes without padding, for the norm."""
+    model = ModelConfig(embedding=32, hidden=64, layers=2, dropout=0.2, precision="fp32")
+    config = CONFIG.model_copy(update={"clip": clip})
+    worker = Learner(model, config, 64, END)
+    plain = Learner(model, config, 64, END).model
+    average = copy.deepcopy(plain)
+    matrices = {name: p for name, p in plain.named_parameters() if p.dim() > 1}
+    vectors = {name: p for name, p in plain.named_parameters() if p.dim() == 1}
+    ordered = [*matrices.values(), *vectors.values()]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(matrices.values()), "weight_decay": config.weight_decay},
+            {"params": list(vectors.values()), "weight_decay": 0.0},
+        ],
+        betas=(0.9, config.beta2),
+        fused=True,
+    )
+    state_LBH = plain.initial_state(6)
+    for step in range(6):
+        window = np.random.default_rng(step).integers(1, 64, (9, 6))
+        loss = worker.train_step(window[:-1], window[1:])
+        masks = plain.dropout_masks(range(6), 6, worker._inputs.key)
+        total, state_LBH = plain.loss(*map(torch.from_numpy, (window[:-1], window[1:])), state_LBH.detach(), masks)
+        optimizer.zero_grad()
+        (total / 48).backward()
+        norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in ordered]))
+        for parameter in ordered:
+            parameter.grad *= (clip / (norm + 1e-6)).clamp(max=1)
+        for group in optimizer.param_groups:
+            group["lr"] = float(np.float32(learning_rate(config, step)))
+        optimizer.step()
+        weight = 1 - min(config.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), plain.parameters(), strict=True):
+                mean.lerp_(parameter, torch.tensor(weight))
+        assert loss == total / 48 and worker.confirm() == norm and torch.equal(worker.state_LBH, state_LBH)
+    assert (norm > clip) == (clip < 1)
+    for one, other in ((worker.model, plain), (worker.average, average)):
+        for (name, actual), expected in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(actual, expected), name
+
+
+def test_after_divergence_training_goes_on_as_if_the_step_had_not_been(tmp_path: Path) -> None:
+    undisturbed, disturbed = learner(), learner()
+    train(undisturbed, 12)
+    train(disturbed, 5)
+    state_LBH = disturbed.state_LBH.clone()
+    disturbed.state_LBH[0, 2] = float("nan")
+    for _ in range(4):
+        disturbed.train_step(np.ones((8, 6), dtype=np.int64), np.ones((8, 6), dtype=np.int64))
+    with pytest.raises(Diverged):
+        disturbed.confirm()
+    disturbed.state_LBH.copy_(state_LBH)
+    train(disturbed, 12)
+    assert disturbed.confirm() == undisturbed.confirm()
+    expected = undisturbed.checkpoint({}).tensors
+    for stem, tensors in disturbed.checkpoint({}).tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[stem][name]), (stem, name)
 
 
 def test_it_learns() -> None:
