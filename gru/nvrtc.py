@@ -91,8 +91,8 @@ def _compile(text: bytes, name: str, flags: list[str]) -> bytes:
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:
-    """Return the value of an answer of `cuda.bindings`. Raises RuntimeError if its status is not success."""
+    """Return the value or values of an answer of `cuda.bindings`. Raises RuntimeError if its status is not success."""
     status, *values = answer
     if int(status):
         raise RuntimeError(f"CUDA: {status.name}")
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else values

@@ -23,7 +23,7 @@ from gru.model.language_model import GRULanguageModel
 from gru.model.loss import stream_loss
 from gru.model.precision import MATMUL_DTYPES, resolve
 from gru.training.checkpoint import Checkpoint
-from gru.training.flat import Layout
+from gru.training.flat_parameters import ParameterLayout
 from gru.training.optimizer import Optimizer
 from gru.training.reduction import tree_sum
 from gru.training.step_graph import StepGraph
@@ -83,6 +83,8 @@ class Learner:
         self.end_of_text = end_of_text
         self.rank, self.world = rank, world
         self.device = device or torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # on which our kernels are loaded; Ray shows a worker all of its node's
         self.lanes_by_rank = [own_lanes(config, other, world) for other in range(world)]
         self.lanes = self.lanes_by_rank[rank]
         self.step = 0
@@ -90,7 +92,7 @@ class Learner:
         self.precision = resolve(model, self.device)
         self.model = build(model, vocab_size, MATMUL_DTYPES[self.precision]).to(self.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self._layout = Layout(self.model)
+        self._layout = ParameterLayout(self.model)
         self._weights_P, self._average_P = self._layout.flatten(self.model), self._layout.flatten(self.average)
         self._gradient_P = torch.zeros_like(self._weights_P)
         self.state_LBH = self.model.initial_state(len(self.lanes))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gru.config import TrainConfig
-from gru.training.flat import Layout
+from gru.training.flat_parameters import ParameterLayout
 
 
 class Optimizer:
@@ -20,7 +20,7 @@ class Optimizer:
 
     def __init__(
         self,
-        layout: Layout,
+        layout: ParameterLayout,
         weights_P: Tensor,
         gradient_P: Tensor,
         config: TrainConfig,

@@ -13,7 +13,7 @@ ALIGNMENT = 64
 """Parameters begin at multiples of this many elements, as separate tensors would."""
 
 
-class Layout:
+class ParameterLayout:
     """Where each parameter lies in a flat buffer: matrices first, on which AdamW decays the weights, then vectors."""
 
     def __init__(self, model: LanguageModel) -> None:
