@@ -1,6 +1,6 @@
-"""The GRU over a sequence on NVIDIA GPUs, in bf16: gru_cuda.cu as a node of the autograd graph.
+"""The GRU over a sequence on NVIDIA GPUs, in bf16: gru_cuda.cu and gru_cuda_wide.cu as a node of the autograd graph.
 
-It is chosen by the shape and the card; torch.nn.GRU (cuDNN) computes the rest. T time steps, B lanes, N = T * B,
+They are chosen by the shape and the card; torch.nn.GRU (cuDNN) computes the rest. T time steps, B lanes, N = T * B,
 E input width, H hidden width; nH: n blocks of H side by side.
 """
 
@@ -16,10 +16,13 @@ from torch.nn import functional as F
 from gru import nvrtc
 
 SOURCE = Path(__file__).with_name("gru_cuda.cu")
+WIDE_SOURCE = Path(__file__).with_name("gru_cuda_wide.cu")
 THREADS = 256
 WARPS = THREADS // 32
-TILE = 16
+TILE, WIDE_TILE = 16, 64
 """Lanes that a block multiplies at once."""
+WIDE_FROM = 4
+"""Tiles of 16 lanes in a block from which gru_cuda_wide.cu is the faster one."""
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,13 @@ class Plan(NamedTuple):
     rows: int
     """Blocks of the same units in one launch."""
     launches: int
+    wide: bool = False
+    """Whether gru_cuda_wide.cu computes it."""
+
+    @property
+    def lanes(self) -> int:
+        """The lanes of one launch."""
+        return self.rows * self.tiles * (WIDE_TILE if self.wide else TILE)
 
 
 class Steps(NamedTuple):
@@ -51,10 +61,15 @@ class Steps(NamedTuple):
     forward: tuple[Plan, nvrtc.Kernel]
     backward: tuple[Plan, nvrtc.Kernel]
 
+    @property
+    def tile(self) -> int:
+        """The number of lanes that the kernels compute is a multiple of this."""
+        return WIDE_TILE if self.forward[0].wide or self.backward[0].wide else TILE
+
 
 def steps_for(hidden: int, lanes: int, device: torch.device) -> Steps | None:
     """Return the compiled steps for states [lanes, hidden]; None, with the reason logged, where cuDNN computes."""
-    return _steps(hidden, -(-lanes // TILE) * TILE, device.index if device.index is not None else 0)
+    return _steps(hidden, lanes, device.index if device.index is not None else 0)
 
 
 @cache
@@ -65,11 +80,11 @@ def _steps(hidden: int, lanes: int, device: int) -> Steps | None:
         for name, backward in (("gru_forward", False), ("gru_backward", True)):
             plan = plan_for(hidden, lanes, card, backward)
             cubin = compiled(hidden, plan, card.architecture)
-            kernels.append((plan, nvrtc.Kernel(cubin, name, shared_bytes(hidden, plan.units, backward))))
+            kernels.append((plan, nvrtc.Kernel(cubin, name, shared_bytes(hidden, plan, backward))))
     except (ValueError, OSError, RuntimeError) as reason:
         log.info("cuDNN computes the GRU: %s", reason)
         return None
-    log.info("gru_cuda.cu computes the GRU of width %d in %d lanes", hidden, lanes)
+    log.info("our kernels compute the GRU of width %d in %d lanes: %s", hidden, lanes, [plan for plan, _ in kernels])
     return Steps(*kernels)
 
 
@@ -82,11 +97,18 @@ def card_of(device: int) -> Card:
 
 def compiled(hidden: int, plan: Plan, architecture: str) -> bytes:
     """Return the machine code for a plan. Raises OSError if there is no CUDA compiler."""
-    return nvrtc.compiled(SOURCE, architecture, f"-DHIDDEN={hidden}", f"-DUNITS={plan.units}", f"-DTILES={plan.tiles}")
+    sizes = f"-DHIDDEN={hidden}", f"-DUNITS={plan.units}"
+    if plan.wide:
+        return nvrtc.compiled(WIDE_SOURCE, f"{architecture}a", *sizes)
+    return nvrtc.compiled(SOURCE, architecture, *sizes, f"-DTILES={plan.tiles}")
 
 
-def shared_bytes(hidden: int, units: int, backward: bool) -> int:
-    """Return the dynamic shared memory of a block: half of its weights, and two buffers for the sums of its warps."""
+def shared_bytes(hidden: int, plan: Plan, backward: bool) -> int:
+    """Return the dynamic shared memory of a block: its weights or half of them, and buffers for sums."""
+    units = plan.units
+    if plan.wide:
+        received = 256 if backward else 768 * (32 // units - 1)
+        return (6 * hidden + (256 if backward else 272) + received) * units + 1152
     inner, columns = (3 * hidden, units) if backward else (hidden, 3 * units)
     steps = inner // WARPS // 16
     weights = (steps - steps // 2) * (columns // 16) * THREADS * 16
@@ -94,11 +116,10 @@ def shared_bytes(hidden: int, units: int, backward: bool) -> int:
 
 
 def plan_for(hidden: int, lanes: int, card: Card, backward: bool) -> Plan:
-    """Return the fastest plan for a hidden width and a number of lanes, which is a multiple of TILE.
+    """Return the fastest plan for a hidden width and a number of lanes. Raises ValueError with the reason if none is.
 
     The forward pass of a wide layer gains from a second tile, which is computed while the states of the first travel;
-    the backward pass, which reads three times as much, from many units in a block. Raises ValueError with the reason if
-    there is no plan.
+    the backward pass, which reads three times as much, from many units in a block.
     """
     if int(card.architecture.removeprefix("sm_")) < 80:
         raise ValueError(f"gru_cuda.cu needs bf16 products, which {card.architecture} lacks")
@@ -107,19 +128,25 @@ def plan_for(hidden: int, lanes: int, card: Card, backward: bool) -> Plan:
     plans = []
     for units in (32, 16):
         capacity = card.multiprocessors // (hidden // units)  # every block has a multiprocessor of its own
-        fits = units * hidden <= 32 * 1024 and shared_bytes(hidden, units, backward) <= card.shared_bytes
-        for tiles in (1, 2, 4, 8) if fits and capacity else ():
+        for tiles in (1, 2, 4, 8) if capacity and units * hidden <= 32 * 1024 else ():
             rows = -(-lanes // (TILE * tiles))
-            plans.append(Plan(units, tiles, min(rows, capacity), -(-rows // capacity)))
+            plan = Plan(units, tiles, min(rows, capacity), -(-rows // capacity))
+            if shared_bytes(hidden, plan, backward) <= card.shared_bytes:
+                plans.append(plan)
     if not plans:
         raise ValueError(f"gru_cuda.cu has no room for a hidden width of {hidden} on this card")
 
     def rank(plan: Plan) -> tuple[int, ...]:
         if backward:
             return plan.launches, -plan.units, plan.tiles
-        return plan.launches, hidden > 512 and plan.tiles < 2, -(hidden // plan.units) * plan.rows, -plan.units
+        return plan.launches, hidden > 512 and plan.tiles < 2, plan.units * plan.tiles, plan.tiles
 
-    return min(plans, key=rank)
+    best = min(plans, key=rank)
+    if card.architecture == "sm_90" and best.launches * best.tiles >= WIDE_FROM:
+        units = min(32, 32 * 1024 // hidden // 16 * 16)
+        rows, capacity = -(-lanes // WIDE_TILE), card.multiprocessors // (hidden // units)
+        return Plan(units, 1, min(rows, capacity), -(-rows // capacity), wide=True)
+    return best
 
 
 class GRUCuda(torch.autograd.Function):
@@ -138,7 +165,7 @@ class GRUCuda(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return the states [T, B, H] in bf16, and the last one [B, H] in fp32."""
         (T, B, _), H = x_TBE.shape, h_BH.shape[1]
-        padding = -B % TILE
+        padding = -B % steps.tile
         x_NE = _padded(x_TBE.bfloat16(), padding).flatten(0, 1)
         first_BH = _padded(h_BH.float(), padding).contiguous()
         lanes = B + padding
@@ -193,10 +220,11 @@ def _unwritten(*shape: int, like: Tensor) -> Tensor:
 
 
 def _launch(side: tuple[Plan, nvrtc.Kernel], tensors: list[Tensor], T: int, lanes: int, hidden: int) -> None:
-    (units, tiles, rows, launches), kernel = side
+    plan, kernel = side
     assert all(tensor.is_contiguous() for tensor in tensors)
     stream = torch.cuda.current_stream().cuda_stream
     pointers = [nvrtc.pointer(tensor.data_ptr()) for tensor in tensors]
-    for launch in range(launches):
-        arguments = [*pointers, *map(nvrtc.integer, (T, lanes, launch * rows * tiles * TILE))]
-        kernel.launch((hidden // units, rows), THREADS, stream, arguments, cooperative=True)
+    for first_lane in range(0, lanes, plan.lanes):
+        rows = min(plan.rows, -(-(lanes - first_lane) * plan.rows // plan.lanes))
+        arguments = [*pointers, *map(nvrtc.integer, (T, lanes, first_lane))]
+        kernel.launch((hidden // plan.units, rows), THREADS, stream, arguments, cooperative=True)

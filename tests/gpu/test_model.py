@@ -16,6 +16,7 @@ from tests.gru.model.test_loss import draw as draw_loss
 # (T, B, E, H) for gru_cuda.cu: one step and one lane, lanes that need padding, several tiles, several launches.
 KERNEL_SHAPES = [(1, 1, 5, 256), (7, 3, 64, 256), (5, 16, 32, 512), (33, 40, 128, 512), (9, 64, 96, 768)]
 KERNEL_SHAPES += [(12, 64, 1024, 1024), (6, 80, 64, 1024), (5, 256, 64, 1024), (3, 600, 64, 1024), (4, 72, 64, 2048)]
+KERNEL_SHAPES += [(7, 192, 64, 1024), (6, 64, 48, 1536), (5, 60, 32, 1280), (4, 512, 32, 512), (3, 320, 16, 256)]
 
 
 @pytest.mark.parametrize("matmul_dtype", TOLERANCES)
