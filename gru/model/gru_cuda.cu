@@ -188,10 +188,11 @@ extern "C" __global__ void __launch_bounds__(256, 1) gru_forward(const u16* __re
 }
 
 // d_out [T, B, H] and d_last [B, H]: the gradients of the states and of `last`. d_gates [T, B, 4H], all ones before,
-// gets those of the sums of n, r, z and s; d_first [B, H] those of `first`.
+// gets those of the sums of n, r, z and s; d_first [B, H] those of `first`; some rows of d_bias [B, 4H], zeros before, get
+// sums of d_gates.
 extern "C" __global__ void __launch_bounds__(256, 1) gru_backward(const u16* __restrict__ d_out, const float* __restrict__ d_last,
     const u16* __restrict__ gates, const u16* __restrict__ states, const u16* __restrict__ weights, u16* d_gates, float* d_first,
-    int T, int B, int first_lane) {
+    float* d_bias, int T, int B, int first_lane) {
   using P = Product<3 * H / W, U>;
   extern __shared__ uint4 memory[];
   float* sums = reinterpret_cast<float*>(memory + P::SHARED);
@@ -202,7 +203,9 @@ extern "C" __global__ void __launch_bounds__(256, 1) gru_backward(const u16* __r
   });
   const int row = threadIdx.x / PAIRS, column = threadIdx.x % PAIRS * 2, unit = unit0 + column;
   const bool points = threadIdx.x < POINTS;
-  float2 keep[MT];
+  float2 keep[MT], bias[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) bias[i] = make_float2(0.f, 0.f);
 #pragma unroll
   for (int m = 0; m < MT; m++)
     if (points && lane0 + m * 16 < B) keep[m] = two(d_last + (size_t)(lane0 + m * 16 + row) * H + unit);
@@ -245,6 +248,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) gru_backward(const u16* __r
             ds[i] = dn[i] * r;
             (i ? keep[m].y : keep[m].x) = dy * z;
           }
+          bias[0].x += dn[0], bias[0].y += dn[1], bias[1].x += dr[0], bias[1].y += dr[1];
+          bias[2].x += dz[0], bias[2].y += dz[1], bias[3].x += ds[0], bias[3].y += ds[1];
           u16* to = d_gates + (lane + row) * 4 * H + unit;
           write(to + H, pack(dr[0], dr[1]));
           write(to + 2 * H, pack(dz[0], dz[1]));
@@ -254,4 +259,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) gru_backward(const u16* __r
       }
     }
   }
+  if (points)
+#pragma unroll
+    for (int i = 0; i < 4; i++) *reinterpret_cast<float2*>(d_bias + (size_t)(lane0 + row) * 4 * H + i * H + unit) = bias[i];
 }

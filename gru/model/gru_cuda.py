@@ -192,8 +192,8 @@ class GRUCuda(torch.autograd.Function):
         d_out_TBH = _padded(d_out_TBH, padding).contiguous()
         d_last_BH = _padded(d_last_BH, padding).contiguous()
         d_gates_TB4H = _unwritten(T, lanes, 4 * H, like=x_NE)
-        d_first_BH = torch.empty_like(d_last_BH)
-        tensors = [d_out_TBH, d_last_BH, gates_TB4H, states_TBH, weight_hh_3HH, d_gates_TB4H, d_first_BH]
+        d_first_BH, d_bias_B4H = torch.empty_like(d_last_BH), d_last_BH.new_zeros(lanes, 4 * H)
+        tensors = [d_out_TBH, d_last_BH, gates_TB4H, states_TBH, weight_hh_3HH, d_gates_TB4H, d_first_BH, d_bias_B4H]
         _launch(ctx.steps.backward, tensors, T, lanes, H)
         # Of n, r, z and s: those of x (n, r, z) and those of h (r, z, s) are one stretch each.
         d_gates_N4H = d_gates_TB4H.flatten(0, 1)
@@ -201,7 +201,7 @@ class GRUCuda(torch.autograd.Function):
         d_x_NE = torch.mm(from_x_N3H, weight_ih_3HE.roll(H, 0))
         d_weight_ih_3HE = torch.mm(from_x_N3H.t(), x_NE, out_dtype=torch.float32).roll(-H, 0)
         d_weight_hh_3HH = torch.mm(from_h_N3H.t(), states_TBH[:-1].flatten(0, 1), out_dtype=torch.float32)
-        d_bias_4H = d_gates_N4H.sum(0, dtype=torch.float32)
+        d_bias_4H = d_bias_B4H.sum(0)
         d_x_TBE = d_x_NE.view(T, lanes, -1)[:, : ctx.lanes].to(ctx.dtypes[0])
         d_h_BH = d_first_BH[: ctx.lanes].to(ctx.dtypes[1])
         return d_x_TBE, d_h_BH, d_weight_ih_3HE, d_weight_hh_3HH, d_bias_4H[: 3 * H].roll(-H, 0), d_bias_4H[H:], None

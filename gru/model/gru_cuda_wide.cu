@@ -203,6 +203,20 @@ __device__ __forceinline__ int unit_of(int column) {
 }
 // Index into the accumulators of one gate: of the four units of a slot the i-th.
 __device__ __forceinline__ constexpr int spot(int slot, int i) { return (slot / 2 * 2 + i / 2) * 4 + slot % 2 * 2 + i % 2; }
+// Adds the sums of 16 values over the eight threads of a warp with the same t: thread g keeps those of values 2 g and 2 g + 1.
+template <int HALF>
+__device__ __forceinline__ void add_half(float (&v)[16], int g) {
+  const bool upper = g & (HALF / 2);
+#pragma unroll
+  for (int i = 0; i < HALF; i++) {
+    const float given = upper ? v[i] : v[i + HALF], kept = upper ? v[i + HALF] : v[i];
+    v[i] = kept + __shfl_xor_sync(ALL, given, HALF * 2);
+  }
+}
+__device__ __forceinline__ void add_over_lanes(float (&v)[16], int g, float2& total) {
+  add_half<8>(v, g), add_half<4>(v, g), add_half<2>(v, g);
+  total.x += v[0], total.y += v[1];
+}
 __device__ __forceinline__ char* aligned(void* p) {
   return reinterpret_cast<char*>(p) + (1024 - shared_address(p) % 1024) % 1024;
 }
@@ -380,6 +394,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     const u16* const row = states + now * H + rank * SLICE + at.group * (SLICE / 2) + 8 * at.t;
     const u16* const row8 = row + 8 * H;
     P::Burst a;
+#ifdef WAIT
+    wait_for_lane(states + ((size_t)t * B + lane0 + at.warp * 16 + 15) * H + rank * SLICE + at.group * (SLICE / 2) + 14, SLICE / 32);
+#endif
     P::start(a, row, row8, at.group);
     float sums[C * 3 * U / 2];  // r, z, s: each U / 2
 #pragma unroll
@@ -435,11 +452,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 }
 
 // d_out [T, B, H]; d_last [B, H]; gates and states as gru_forward left them; d_gates [T, B, 4H], of n, r, z, s, all ones before;
-// d_first [B, H] gets the gradient of the first states.
+// d_first [B, H] gets the gradient of the first states; some rows of d_bias [B, 4H], zeros before, get sums of d_gates.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER_BACKWARD, 1, 1)
     gru_backward(const u16* __restrict__ d_out, const float* __restrict__ d_last, const u16* __restrict__ gates,
-                 const u16* __restrict__ states, const u16* __restrict__ weights, u16* d_gates, float* d_first, int T, int B,
-                 int first_lane) {
+                 const u16* __restrict__ states, const u16* __restrict__ weights, u16* d_gates, float* d_first,
+                 float* d_bias, int T, int B, int first_lane) {
   constexpr int C = CLUSTER_BACKWARD, SLICE = 3 * H / C;
   using P = Product<SLICE / 64, C * U, burst_of(SLICE / 64, AT_BACKWARD)>;
   extern __shared__ uint4 memory[];
@@ -471,6 +488,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
   const size_t lane = lane0 + at.warp * 16 + at.g;
   const int unit = unit0 + 4 * at.t;
   float dh[1][OWN][4];
+  float2 bias = make_float2(0.f, 0.f);  // of two of the 16 gates and units of the warp's four threads t
   uint2 kept[OWN][6];  // r, z, n, s, the state before, d_out
 #pragma unroll
   for (int j = 0; j < OWN; j++) {
@@ -503,6 +521,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
       }
     }
     uint2 dn_kept[OWN];
+    float over_rows[16];  // [n, r, z, s][unit]
 #pragma unroll
     for (int j = 0; j < OWN; j++) {
       float dn[4], dr[4], dz[4], ds[4];
@@ -515,6 +534,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         dz[e] = dy * (h - n) * z * (1.f - z);
         ds[e] = dn[e] * r;
         dh[0][j][e] = dy * z;
+        const float four_gates[4] = {dn[e], dr[e], dz[e], ds[e]};
+#pragma unroll
+        for (int gate = 0; gate < 4; gate++)
+          over_rows[gate * 4 + e] = j ? over_rows[gate * 4 + e] + four_gates[gate] : four_gates[gate];
       }
       u16* const to = d_gates + (now + at.row(j)) * 4 * H + unit + at.unit(j);
       write(to + H, pack4(dr));
@@ -546,9 +569,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #pragma unroll
       for (int i = 0; i < 5; i++) kept[j][i] = next[j][i];
     }
+    add_over_lanes(over_rows, at.g, bias);
     P::run(a, row, row8, b, sums);
     exchange.run(sums, at.group, t == 0, dh);
   }
+  const int part = lane0 + at.warp * 2 + (OWN == 1 ? at.group : 0);  // with 16 units, both warpgroups have the same ones
+  *reinterpret_cast<float2*>(d_bias + (size_t)part * 4 * H + at.g / 2 * H + unit + at.unit(0) + at.g % 2 * 2) = bias;
 #pragma unroll
   for (int j = 0; j < OWN; j++)
     *reinterpret_cast<float4*>(d_first + (lane + at.row(j)) * H + unit + at.unit(j)) =

@@ -129,6 +129,7 @@ def recurrence(lanes: int, time_steps: int, hidden: int) -> None:
     """Print the time of one layer, forward and backward, ours and cuDNN's in bf16."""
     ours = GRU(hidden, hidden, torch.bfloat16).to(DEVICE)
     theirs = nn.GRU(hidden, hidden).to(DEVICE, torch.bfloat16)
+    theirs.flatten_parameters()
     x_TBE = torch.randn(time_steps, lanes, hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     h_BH = torch.zeros(lanes, hidden, device=DEVICE)
     d_out_TBH = torch.randn_like(x_TBE)
