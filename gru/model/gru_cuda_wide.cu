@@ -394,9 +394,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     const u16* const row = states + now * H + rank * SLICE + at.group * (SLICE / 2) + 8 * at.t;
     const u16* const row8 = row + 8 * H;
     P::Burst a;
-#ifdef WAIT
-    wait_for_lane(states + ((size_t)t * B + lane0 + at.warp * 16 + 15) * H + rank * SLICE + at.group * (SLICE / 2) + 14, SLICE / 32);
-#endif
     P::start(a, row, row8, at.group);
     float sums[C * 3 * U / 2];  // r, z, s: each U / 2
 #pragma unroll
