@@ -206,7 +206,9 @@ class TrainConfig(Section):
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="Random seed of the initial weights, the order of the text and dropout."
     )
-    workers: PositiveInt = Field(1, description="Number of training processes (DDP), at most `batch_size`.")
+    workers: PositiveInt = Field(
+        1, description="Number of training processes (data parallelism), at most `batch_size`."
+    )
     min_workers: PositiveInt | None = Field(
         None,
         description="Minimum workers to train with if the cluster has no room for all `workers`: the run uses as many "
@@ -215,8 +217,8 @@ class TrainConfig(Section):
     bitwise_elastic: Annotated[int, Field(ge=0)] = Field(
         0,
         description="Maximum workers that give bit-identical weights on CPUs, whatever their number: the lanes are "
-        "computed in this many parts, with gradients summed in a fixed order. 0: plain DDP, where weights differ by "
-        "rounding if the number of workers differs.",
+        "computed in this many parts, with gradients summed in a fixed order. 0: plain data parallelism, where weights "
+        "differ by rounding if the number of workers differs.",
     )
     threads: Annotated[int, Field(ge=0)] = Field(
         0,

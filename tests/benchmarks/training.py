@@ -72,12 +72,12 @@ def waits(bench: Bench, steps: int) -> None:
 
 
 def workers(bench: Bench) -> None:
-    """Compare two workers with one, and bitwise elastic training with plain DDP."""
+    """Compare two workers with one, and bitwise elastic training with plain data parallelism."""
     two = {"workers": 2, "threads": 1}
     one = bench.speed(workers=1, threads=2)
     together, in_parts = bench.speed(**two), bench.speed(**two, bitwise_elastic=4)
     show("tokens/s", "2 workers of 1 thread", together, "1 worker of 2 threads", one, 2)
-    show("", "bitwise_elastic = 4", in_parts, "plain DDP, 2 workers each", together, 2)
+    show("", "bitwise_elastic = 4", in_parts, "plain data parallelism, 2 workers each", together, 2)
 
 
 def recovery(bench: Bench) -> None:

@@ -210,7 +210,7 @@ def _resume_worker(rank: int, world: int, rendezvous: str, first: str, last: str
 
 
 def test_three_workers_resume_bit_identically(tmp_path: Path) -> None:
-    """The order of a sum of more than two numbers matters, and must not depend on when DDP started."""
+    """The order of a sum of more than two numbers matters, and must not depend on when the workers started."""
     undisturbed, half, resumed = (str(tmp_path / name) for name in ("undisturbed", "half", "resumed"))
     for turn, (first, last) in enumerate([(undisturbed, undisturbed), (half, resumed), (half, resumed)]):
         start(_resume_worker, (3, str(tmp_path / f"rendezvous{turn}"), first, last), 3)
