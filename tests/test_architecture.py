@@ -12,7 +12,7 @@ import pytest
 from tests.import_graph import ImportGraph, attribute_paths, imported_names
 
 ROOT = Path(__file__).parent.parent
-GROUND = ["config", "errors", "storage", "digests", "cluster", "network", "native", "ray_internals"]
+GROUND = ["config", "errors", "storage", "digests", "cluster", "network", "native", "nvrtc", "ray_internals"]
 PACKAGES = ["model", "corpus", "generation", "registry", "training", "evaluation", "serving", "comparison"]
 LAYERS = [
     ["gru", *(f"gru.{module}" for module in GROUND)],

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gru.network import free_port
 from pipelines import embedded
 
@@ -19,6 +21,7 @@ services.leave()
 """
 
 
+@pytest.mark.services
 def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_user(tmp_path: Path) -> None:
     ports = [free_port(), free_port()]
     command = [sys.executable, "-c", USE, str(tmp_path), *map(str, ports)]
