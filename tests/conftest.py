@@ -17,7 +17,16 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 entry.quiet_libraries()
 
 
-SERVICES = {"ray_local", "cluster", "mlflow_store", "empty_database", "bucket", "postgres", "pipeline"}
+SERVICES = {
+    "ray_local",
+    "cluster",
+    "mlflow_store",
+    "empty_database",
+    "bucket",
+    "postgres",
+    "pipeline",
+    "killed_pipeline",
+}
 """Fixtures that start a service; importing Ray or MLflow alone takes seconds."""
 
 

@@ -111,6 +111,7 @@ def test_all_contenders_are_compared_and_their_records_are_stored(
         assert child.data.metrics["tokens_per_second"] > 0
 
 
+@pytest.mark.faults
 def test_a_killed_comparison_resumes_with_the_next_trial(prepared: Path, mlflow_store: str) -> None:
     arguments = ["--seconds", "3", "--seeds", "2", "--contender", "gru", "--contender", "slow:train.learning_rate=1e-5"]
     before = records(prepared)

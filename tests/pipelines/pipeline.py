@@ -19,8 +19,6 @@ from tests.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 GRU = [str(Path(sys.executable).with_name("gru"))]
 
-STEPS = 600  # enough to be killed in
-
 CONFIG = """
 name = "fables"
 storage = "{storage}"
@@ -78,6 +76,7 @@ class Pipeline:
     serve_port: int
     ray_port: int
     mlflow_port: int
+    steps: int
     process: subprocess.Popen[str] | None = None
     result: dict[str, Any] = field(default_factory=dict)
     old_stderr: int = 0
@@ -90,7 +89,8 @@ class Pipeline:
     @property
     def config(self) -> str:
         path = self.directory / "fables.toml"
-        path.write_text(CONFIG.format(storage=self.storage, corpus=self.corpus, port=self.serve_port, steps=STEPS))
+        values = {"storage": self.storage, "corpus": self.corpus, "port": self.serve_port, "steps": self.steps}
+        path.write_text(CONFIG.format(**values))
         return str(path)
 
     @property

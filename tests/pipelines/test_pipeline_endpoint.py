@@ -15,7 +15,7 @@ import openai
 import psutil
 import pytest
 
-from tests.pipelines.pipeline import GRU, ROOT, STEPS, Pipeline
+from tests.pipelines.pipeline import GRU, ROOT, Pipeline
 from tests.waiting import wait_until
 
 
@@ -85,7 +85,7 @@ def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipelin
 
 def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> None:
     """The endpoint follows @champion without a restart. A stage whose job was killed gets a second attempt."""
-    longer = [*pipeline.command, "--set", f"train.steps={STEPS + 100}", "--exit"]
+    longer = [*pipeline.command, "--set", f"train.steps={pipeline.steps + 100}", "--exit"]
     running = subprocess.Popen(
         longer, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

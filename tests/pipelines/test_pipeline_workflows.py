@@ -1,4 +1,4 @@
-"""Commands beside a pipeline that is up: status, cancel, sweep, schedule and lineage; and how it stops.
+"""Commands beside a pipeline that is up: status, schedule and lineage; and how it stops.
 
 These tests follow those of test_pipeline_endpoint.py, and the last one stops the pipeline.
 """
@@ -13,13 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import openai
 import psutil
 
 from gru.corpus.dataset import open_dataset
 from tests.pipelines.pipeline import GRU, Pipeline
-from tests.waiting import wait_until
 
 
 def test_status_shows_the_stages_of_each_workflow(pipeline: Pipeline) -> None:
@@ -34,60 +32,6 @@ def test_status_shows_the_stages_of_each_workflow(pipeline: Pipeline) -> None:
     missing = subprocess.run([*GRU, "status", str(pipeline.directory)], capture_output=True, text=True)
     assert missing.returncode == 2
     assert missing.stderr == f"error: {pipeline.directory}: no workflow has run with this storage\n"
-
-
-def test_of_two_processes_one_executes_the_workflow_and_cancel_stops_all_of_it(pipeline: Pipeline) -> None:
-    changes = ["--set", "train.steps=100000"]
-    command = [*pipeline.command, *changes, "--exit"]
-    killed = subprocess.Popen(command, cwd=pipeline.directory, stderr=subprocess.DEVNULL)
-    wait_until("the job", lambda: pipeline.job_processes("train"))
-    follower_stderr = pipeline.directory / "follower.txt"
-    with follower_stderr.open("w") as err:
-        running = subprocess.Popen(command, cwd=pipeline.directory, stderr=err)
-    wait_until("the second process to follow", lambda: "train     running" in follower_stderr.read_text())
-    assert "in another process" in follower_stderr.read_text()
-    killed.kill()
-    killed.wait()
-    wait_until("the second process to take over", lambda: " step " in follower_stderr.read_text())
-    [*_, workflow] = pipeline.status()
-    assert workflow["state"] == "running"
-    cancel = [*GRU, "cancel", pipeline.config, *changes]
-    done = subprocess.run(cancel, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == f"cancelled {workflow['id']}\n", done.stderr
-    assert running.wait(timeout=60) == 1
-    assert follower_stderr.read_text().splitlines()[-1].startswith("error: cancelled")
-    assert not pipeline.job_processes("train")
-    assert pipeline.status()[-1]["state"] == "cancelled"
-    runs = mlflow.MlflowClient(pipeline.tracking).search_runs(
-        [mlflow.MlflowClient(pipeline.tracking).get_experiment_by_name("fables").experiment_id]  # type: ignore[union-attr]
-    )
-    assert not [run for run in runs if run.info.status == "RUNNING"]
-    again = subprocess.run(cancel, capture_output=True, text=True)
-    assert (again.returncode, again.stderr) == (2, "error: no unfinished workflow of this config\n")
-
-
-def test_a_killed_sweep_resumes_and_finds_the_best_trial(pipeline: Pipeline) -> None:
-    variants = ["--over", "train.steps=[20]", "--trial", "train.steps=200"]
-    command = [*GRU, "sweep", pipeline.config, *variants, "--at-once=2", *pipeline.ports]
-    killed = subprocess.Popen(command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    wait_until("both jobs", lambda: len(pipeline.job_processes("train")) == 2)
-    killed.kill()
-    killed.wait()
-    done = subprocess.run(command, cwd=pipeline.directory, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["best"] == "train.steps=200"
-    assert set(result["trials"]) == {"train.steps=20", "train.steps=200"}
-    assert result["bits_per_byte"] == result["trials"]["train.steps=200"]["bits_per_byte"]
-    assert "run best   gru run" in done.stderr and "--set train.steps=200" in done.stderr
-    attempts = {stage["attempts"] for trial in pipeline.status()[-2:] for stage in trial["stages"][1:]}
-    assert attempts == {1}, "each job ran once"
-    client = mlflow.MlflowClient(pipeline.tracking)
-    parent = client.get_run(result["tracking"].rsplit("/", 1)[1])
-    below = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    trials = client.search_runs([parent.info.experiment_id], below)
-    assert {run.info.run_name for run in trials} == set(result["trials"])
-    assert {run.info.status for run in [parent, *trials]} == {"FINISHED"}
 
 
 def test_a_schedule_repeats_what_run_does(pipeline: Pipeline) -> None:
@@ -124,9 +68,6 @@ def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None
     shard.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
     assert states() == (1, whole | {"dataset": "different"})
     shard.write_bytes(data)
-    away = dataset.rename(pipeline.directory / "away")
-    assert states() == (0, whole | {"dataset": "absent", "sources": "absent"})
-    away.rename(dataset)
     missing = subprocess.run([*GRU, "lineage", "fables@best", command[-1]], capture_output=True, text=True)
     assert (missing.returncode, missing.stderr) == (2, "error: fables@best: no version of a model 'fables' is @best\n")
 
