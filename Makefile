@@ -22,7 +22,7 @@ else
 endif
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser)' $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser or gpu)' $(ARGS)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)
