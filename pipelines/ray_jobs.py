@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gru import ray_internals, storage
 from gru.config import Resources, content_key
@@ -54,6 +54,16 @@ class Attempt(NamedTuple):
     @property
     def is_running(self) -> bool:
         return not self.details.status.is_terminal()
+
+
+def reservation(resources: Resources) -> dict[str, Any]:
+    """Return what Ray reserves for a job's driver, as arguments of `submit_job`. Without any, it runs on the head."""
+    return {
+        "entrypoint_num_cpus": resources.cpus,
+        "entrypoint_num_gpus": resources.amounts().get("GPU"),
+        "entrypoint_memory": resources.memory,
+        "entrypoint_label_selector": resources.labels,
+    }
 
 
 class RayJobs:
@@ -156,11 +166,7 @@ class RayJobs:
                 submission_id=submission_id,
                 runtime_env=self.runtime_env,
                 metadata={PARENT: parent},
-                # Without any of these the driver runs on the head.
-                entrypoint_num_cpus=resources.cpus,
-                entrypoint_num_gpus=resources.amounts().get("GPU"),
-                entrypoint_memory=resources.memory,
-                entrypoint_label_selector=resources.labels,
+                **reservation(resources),
             )
         except RuntimeError as error:
             if "already exists" not in str(error):  # if it exists, another process submitted it first: attach

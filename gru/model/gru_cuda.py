@@ -81,10 +81,13 @@ def _steps(hidden: int, lanes: int, device: int) -> Steps | None:
             plan = plan_for(hidden, lanes, card, backward)
             cubin = compiled(hidden, plan, card.architecture)
             kernels.append((plan, nvrtc.Kernel(cubin, name, shared_bytes(hidden, plan, backward))))
-    except (ValueError, OSError, RuntimeError) as reason:
+    except ValueError as reason:
         log.info("cuDNN computes the GRU: %s", reason)
         return None
-    log.info("our kernels compute the GRU of width %d in %d lanes: %s", hidden, lanes, [plan for plan, _ in kernels])
+    except (OSError, RuntimeError) as reason:
+        log.warning("cuDNN computes the GRU, which is slower than gru_cuda.cu: %s", reason)
+        return None
+    log.info("gru_cuda.cu computes the GRU of width %d in %d lanes: %s", hidden, lanes, [plan for plan, _ in kernels])
     return Steps(*kernels)
 
 

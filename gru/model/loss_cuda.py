@@ -36,7 +36,7 @@ def _kernel(matmul_dtype: torch.dtype, device: int) -> nvrtc.Kernel | None:
     try:
         return nvrtc.Kernel(compiled(matmul_dtype, card_of(device).architecture), "softmax")
     except (OSError, RuntimeError) as reason:
-        log.info("torch computes the softmax, slower than loss_cuda.cu: %s", reason)
+        log.warning("torch computes the softmax, slower than loss_cuda.cu: %s", reason)
         return None
 
 

@@ -6,7 +6,7 @@ import torch
 
 
 class StepGraph:
-    """Calls a function, on a GPU from its recorded kernels.
+    """A function whose kernels are recorded on a GPU and replayed.
 
     The function gets the number of time steps, and works on tensors whose addresses do not change. The first call for
     each number runs it as it is, which also loads what it needs; the second records it. On a CPU, or if `record` is
@@ -25,7 +25,7 @@ class StepGraph:
         graph = self._graphs[time_steps]
         if graph is None:
             graph = self._graphs[time_steps] = torch.cuda.CUDAGraph()
-            # Threads that only read, such as the checkpoint writer's, may go on meanwhile.
+            # Other threads, such as NCCL's, may use the GPU during the recording.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._function(time_steps)
         graph.replay()

@@ -10,8 +10,6 @@ from gru.comparison.gradient_reach import gradient_reach
 from gru.config import ModelConfig
 from gru.model.language_model import GRULanguageModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
-
 VOCAB, END, DISTANCE, LANES = 97, 0, 40, 8
 
 

@@ -11,8 +11,6 @@ from gru.evaluation.context import context_losses
 from gru.evaluation.scores import HeldoutText, token_losses
 from gru.model.language_model import GRULanguageModel
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
-
 VOCAB, END, TOKENS, LANES = 97, 0, 5000, 4
 TOLERANCE = 1e-3  # nats per token
 

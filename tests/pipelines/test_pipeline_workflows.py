@@ -68,6 +68,9 @@ def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None
     shard.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
     assert states() == (1, whole | {"dataset": "different"})
     shard.write_bytes(data)
+    away = dataset.rename(pipeline.directory / "away")
+    assert states() == (0, whole | {"dataset": "absent", "sources": "absent"})
+    away.rename(dataset)
     missing = subprocess.run([*GRU, "lineage", "fables@best", command[-1]], capture_output=True, text=True)
     assert (missing.returncode, missing.stderr) == (2, "error: fables@best: no version of a model 'fables' is @best\n")
 

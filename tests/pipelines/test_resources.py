@@ -1,20 +1,16 @@
 """Each stage gets its [resources], which are not part of any key."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-import ray
 from ray.serve._private.build_app import build_app
 
 from gru.config import EvaluateResources, PipelineConfig, Resources
 from gru.serving import deployment
 from jobs import stages
 from jobs.results import PrepareResult, TrainResult
-from pipelines.ray_jobs import RayJobs
+from pipelines.ray_jobs import reservation
 
 RESOURCES = {"cpus": 1, "memory": 100_000_000, "labels": {"pool": "big"}}
 
@@ -33,50 +29,20 @@ def config_of(corpus: Path, storage: Path, resources: dict[str, Any]) -> Pipelin
     )
 
 
-class JobServer(BaseHTTPRequestHandler):
-    """A job server like Ray's, in which each job succeeds at once."""
-
-    submitted: dict[str, Any]
-
-    def do_GET(self) -> None:
-        job = {"type": "SUBMISSION", "submission_id": "1", "entrypoint": "", "status": "SUCCEEDED"}
-        answers = {"version": {"ray_version": ray.__version__}, "jobs": [], "logs": {"logs": ""}}
-        self.answer(answers.get(self.path.strip("/").rpartition("/")[2], job))
-
-    def do_POST(self) -> None:
-        type(self).submitted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.answer({"job_id": "1", "submission_id": "1"})
-
-    def answer(self, content: Any) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(content).encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.mark.parametrize(
     ("resources", "granted"),
     [
-        (Resources(cpus=0), {"num_cpus": 0, "label_selector": {}}),
-        (EvaluateResources(), {"num_cpus": 0, "num_gpus": 0, "label_selector": {}}),
+        (Resources(cpus=0), {"num_cpus": 0, "num_gpus": None, "memory": None, "label_selector": {}}),
+        (EvaluateResources(), {"num_cpus": 0, "num_gpus": 0, "memory": None, "label_selector": {}}),
         (
             EvaluateResources(cpus=2, gpus=1, memory=1000, labels={"pool": "gpu"}),
             {"num_cpus": 2, "num_gpus": 1, "memory": 1000, "label_selector": {"pool": "gpu"}},
         ),
     ],
 )
-def test_a_job_is_submitted_with_the_resources_of_its_stage(
-    resources: Resources, granted: dict[str, Any], tmp_path: Path
-) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), JobServer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        jobs = RayJobs(f"http://127.0.0.1:{server.server_port}", "store", None, {})
-        jobs.run("evaluate", "key", [], "parent", tmp_path / "log.txt", print, resources)
-        server.shutdown()
-    entrypoint = {k.removeprefix("entrypoint_"): v for k, v in JobServer.submitted.items() if "entrypoint_" in k}
-    assert entrypoint == granted
+def test_a_driver_reserves_the_resources_of_its_stage(resources: Resources, granted: dict[str, Any]) -> None:
+    reserved = {name.removeprefix("entrypoint_"): value for name, value in reservation(resources).items()}
+    assert reserved == granted
 
 
 def test_each_replica_gets_the_resources_of_serve(fables: Path, tmp_path: Path) -> None:
