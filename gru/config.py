@@ -9,10 +9,11 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from gru.errors import UserError
 
@@ -47,13 +48,176 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+Format = Literal["auto", "text", "jsonl", "json", "csv", "parquet", "html"]
+Normalization = Literal["none", "NFC", "NFKC"]
+CHAT_TEMPLATE = "{role}:\n{content}\n\n"
+
+
+_CHAT_TEMPLATE = r"[^{}]*(\{role\}[^{}]*)?\{content\}[^{}]*"
+_DELIMITER = r"""[^\r\n"]"""
+_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+"
+
+
+def _check_chat_template(text: str) -> str:
+    if not re.fullmatch(_CHAT_TEMPLATE, text):
+        raise ValueError("must have {content} once, perhaps {role} before it, and no other braces")
+    return text
+
+
+def _check_delimiter(text: str) -> str:
+    if not re.fullmatch(_DELIMITER, text):
+        raise ValueError("must be one character, and no double quote or line end")
+    return text
+
+
+def _check_origin(text: str) -> str:
+    if not re.fullmatch(_ORIGIN, text):
+        raise ValueError("must be as browsers send it, as in https://app.example.org: no path, no capitals; or *")
+    return text
+
+
+def _check_paths(value: Any) -> Any:
+    paths = value if isinstance(value, list) else [value]
+    if value in ("", []) or not all(isinstance(path, str) for path in paths):
+        raise ValueError("must be a path or URL, or a list of them")
+    return value
+
+
+def _check_header(names: list[str]) -> list[str]:
+    if len({*names}) < len(names):
+        raise ValueError("must not have a name twice")
+    return names
+
+
+def _check_pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"must be a regular expression ({error})") from None
+    return text
+
+
+def _check_language(text: str) -> str:
+    if not re.fullmatch("[a-z]{2,3}", text):
+        raise ValueError('must be an ISO 639 code, as in "en"')
+    return text
+
+
+def _pattern(pattern: str) -> Any:
+    """Return a field whose pattern editors know; the program's own check says in words what is wrong."""
+    return Field(json_schema_extra={"pattern": f"^{pattern}$"})
+
+
+ChatTemplate = Annotated[str, _pattern(_CHAT_TEMPLATE), AfterValidator(_check_chat_template)]
+Delimiter = Annotated[str, _pattern(_DELIMITER), AfterValidator(_check_delimiter)]
+Origin = Annotated[str, _pattern(f"({_ORIGIN})"), AfterValidator(_check_origin)]
+Header = Annotated[list[str], Field(min_length=1), AfterValidator(_check_header)]
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
+Language = Annotated[str, AfterValidator(_check_language)]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How the files of one source are found and read: its table with the defaults of [corpus] filled in."""
+
+    key: str
+    """The key of the table: `corpus.sources`, or `corpus.source.0`, `corpus.source.1`, ..."""
+    index: int
+    """Position in `CorpusConfig.source_options()`."""
+    paths: tuple[str, ...]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    format: Format
+    encoding: str
+    separator: str | None
+    template: str
+    delimiter: str | None
+    quoting: bool | None
+    header: tuple[str, ...] | None
+    weight: float
+    limit: int | None
+
+    def key_of(self, name: str) -> str:
+        """Return the full name of a key of this source, for messages."""
+        return f"corpus.{name}" if self.key == "corpus.sources" else f"{self.key}.{name}"
+
+
+class SourceConfig(Section):
+    """A source with settings of its own; absent keys are those of [corpus]."""
+
+    path: Annotated[str | list[str], BeforeValidator(_check_paths)] = Field(
+        description="File, directory, glob or URL, or a list of them. A file that several sources match belongs to the "
+        "last of them.",
+    )
+    template: str | None = Field(None, min_length=1, description="As `corpus.template`.")
+    weight: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0,
+        description="How often an epoch reads the text of this source: 2.0 twice, 0.25 a quarter of its segments. "
+        "Held-out text is not weighted.",
+    )
+    limit: PositiveInt | None = Field(
+        None,
+        description="Maximum documents of this source, the first in their order, with equal ones; the others are "
+        "read all the same, and counted. Absent: all.",
+    )
+    include: list[str] | None = Field(None, description="As `corpus.include`.")
+    exclude: list[str] | None = Field(None, description="As `corpus.exclude`.")
+    format: Format | None = Field(None, description="As `corpus.format`.")
+    encoding: str | None = Field(None, description="As `corpus.encoding`.")
+    separator: str | None = Field(None, min_length=1, description="As `corpus.separator`.")
+    delimiter: Delimiter | None = Field(None, description="As `corpus.delimiter`.")
+    quoting: bool | None = Field(None, description="As `corpus.quoting`.")
+    header: Header | None = Field(None, description="As `corpus.header`.")
+
+
+class FilterConfig(Section):
+    """Filters, all off by default. Each one counts the documents that it leaves out under its own reason."""
+
+    keep_pattern: Pattern | None = Field(
+        None,
+        description="Regular expression of Python's `re`, as in `(?i)recipe`; documents that contain no match are left "
+        "out. Absent: no such condition.",
+    )
+    drop_pattern: Pattern | None = Field(
+        None,
+        description="Regular expression of Python's `re`; documents that contain a match are left out. Absent: no such "
+        "condition.",
+    )
+    languages: list[Language] = Field(
+        [],
+        description='Languages to keep, by ISO 639 code, as in ["en", "zh"]; documents in others, and those too short '
+        "to tell (often below 20 letters), are left out. Needs the extra `languages` (py3langid). Empty: all.",
+    )
+    gopher_quality: bool = Field(
+        False,
+        description="Leave out documents that are not like English prose, by the rules of Gopher (Rae et al. 2021, "
+        "A1.1): 50 to 100,000 words of 3 to 10 characters on average, few symbols, two stop words, and others. Words "
+        "are counted by the white space between them: not for Chinese or other scripts without it.",
+    )
+    gopher_repetition: bool = Field(
+        False,
+        description="Leave out documents that repeat their own lines, paragraphs or n-grams of words, by the limits of "
+        "Gopher (Rae et al. 2021, table A1). In scripts without white space between words, only lines and paragraphs "
+        "count.",
+    )
+    mask_emails: bool = Field(False, description="Replace e-mail addresses by `email@example.com`.")
+    mask_ips: bool = Field(
+        False,
+        description="Replace public IP addresses by `192.0.2.1` or `2001:db8::1`; a version number of four parts looks "
+        "like one.",
+    )
+
+
 class CorpusConfig(Section):
     """The text: where it is, how it is read, cleaned, deduplicated and held out."""
 
     sources: list[str] = Field(
-        min_length=1,
+        [],
         description="Files, directories, globs or URLs (https://, s3://) to read; `python-stdlib` is the Python source "
         "code of the running interpreter's standard library.",
+    )
+    source: list[SourceConfig] = Field(
+        [], description="Sources with settings of their own: tables [[corpus.source]] with `path` and more."
     )
     include: list[str] = Field(
         [],
@@ -63,11 +227,16 @@ class CorpusConfig(Section):
     exclude: list[str] = Field(
         [], description="Patterns of the files to leave out of a directory or glob, as in .gitignore (`tests/`)."
     )
-    format: Literal["auto", "text", "jsonl", "json", "csv", "parquet"] = Field(
+    format: Format = Field(
         "auto",
-        description="Format of the sources; `auto` decides by extension: .txt, .jsonl, .json, .csv, .tsv, .parquet, "
-        "with .gz, .zst, .bz2 or .xz behind it if compressed. Source code and markup (.py, .md) is read as text where "
-        "a source, a glob or `include` names it.",
+        description="Format of the sources; `auto` decides by extension: .txt, .md, .jsonl, .json, .csv, .tsv, "
+        ".parquet, .html, with .gz, .zst, .bz2 or .xz behind it if compressed; members of .zip and .tar are read too. "
+        "Source code (.py) is read as text where a source, a glob or `include` names it.",
+    )
+    encoding: str = Field(
+        "utf-8",
+        description="Encoding of text, JSON and CSV, such as `latin-1` or `gb18030`. A byte order mark of UTF-8, "
+        "UTF-16 or UTF-32 counts more.",
     )
     separator: str | None = Field(
         None,
@@ -77,8 +246,33 @@ class CorpusConfig(Section):
     template: str = Field(
         "{text}",
         min_length=1,
-        description="Text to make from a record of JSON, CSV or Parquet, with the names of its fields in braces. "
-        "A record that lacks one is left out.",
+        description="Text to make from a record of JSON, CSV or Parquet, with the names of its fields in braces; "
+        "{meta.title} is a nested field, {title|name|} the first that has text, where none is needed, and "
+        "{author|Anonymous} the word Anonymous if no field has text. A list becomes lines, chat messages the form of "
+        "`chat_template`. A record that is a string fills the only field. A record that lacks a field is left out.",
+    )
+    chat_template: ChatTemplate = Field(
+        CHAT_TEMPLATE,
+        description="Text to make from each message of a chat, that a record of the corpus holds (a list with `role` "
+        "and `content`) or the endpoint gets.",
+    )
+    delimiter: Delimiter | None = Field(
+        None, description="Character between two fields of CSV. Absent: a tab in .tsv, else a comma."
+    )
+    quoting: bool | None = Field(
+        None,
+        description="Whether a field of CSV that begins with a double quote extends to the next single one. Absent: "
+        "not in .tsv.",
+    )
+    header: Header | None = Field(
+        None,
+        description="Names of the fields of CSV files without a line of names. Absent: the first line has them.",
+    )
+    filter: FilterConfig = FilterConfig()
+    dropped: str | None = Field(
+        None,
+        description="Path or URL of a directory for the documents that are left out, as JSON Lines with their reasons. "
+        "Absent: they are only counted.",
     )
     on_bad: Literal["drop", "replace", "fail"] = Field(
         "drop",
@@ -86,9 +280,7 @@ class CorpusConfig(Section):
         "the invalid bytes (`replace`), or stop (`fail`). Broken records and files are left out; with `fail` they "
         "stop the job. What is left out is counted.",
     )
-    normalization: Literal["none", "NFC", "NFKC"] = Field(
-        "none", description="Unicode normalization form of the documents."
-    )
+    normalization: Normalization = Field("none", description="Unicode normalization form of the documents.")
     min_characters: Annotated[int, Field(ge=1)] = Field(
         1, description="Length of the shortest document to keep; shorter ones are left out."
     )
@@ -106,7 +298,8 @@ class CorpusConfig(Section):
     heldout: Literal["hash", "tail"] = Field(
         "hash",
         description="Text that is held out from training: documents chosen by a hash of their content (`hash`), or the "
-        "end of the corpus (`tail`).",
+        "end of the corpus (`tail`). Where the hash chooses none, it is the document with the lowest hash, or of one "
+        "document and of text files the end of the last one.",
     )
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01,
@@ -114,22 +307,51 @@ class CorpusConfig(Section):
     )
     partition_bytes: PositiveInt = Field(
         32 << 20,
-        description="Bytes of input in one partition, the unit of work; larger files are cut, except compressed ones "
-        "and .json.",
+        description="Bytes of input in one partition, the unit of work; larger files are cut, except compressed ones, "
+        ".json, and text in another encoding than UTF-8.",
     )
     segment_tokens: PositiveInt = Field(
         65_536,
         description="Minimum tokens in a segment (a Parquet row group); only the last one of a shard may have fewer.",
     )
 
+    @model_validator(mode="after")
+    def check(self) -> "CorpusConfig":
+        """Check the keys that depend on each other."""
+        if not self.sources and not self.source:
+            raise ValueError('needs sources = ["path"], or tables [[corpus.source]] with a path')
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        """All paths and URLs of the sources."""
+        return [path for options in self.source_options() for path in options.paths]
+
+    def source_options(self) -> list[SourceOptions]:
+        """Return the options of each source: those of `sources` first, then one for each table."""
+        tables = [("corpus.sources", SourceConfig(path=self.sources))] if self.sources else []
+        tables += [(f"corpus.source.{index}", table) for index, table in enumerate(self.source)]
+        return [self._options(index, key, table) for index, (key, table) in enumerate(tables)]
+
+    def _options(self, index: int, key: str, table: SourceConfig) -> SourceOptions:
+        def chosen(name: str) -> Any:
+            value = getattr(table, name)
+            value = getattr(self, name) if value is None else value
+            return tuple(value) if isinstance(value, list) else value
+
+        shared = ("include", "exclude", "format", "encoding", "separator", "template", "delimiter", "quoting", "header")
+        paths = (table.path,) if isinstance(table.path, str) else tuple(table.path)
+        values = {name: chosen(name) for name in shared}
+        return SourceOptions(key=key, index=index, paths=paths, weight=table.weight, limit=table.limit, **values)
+
 
 class TokenizerConfig(Section):
     """The tokenizer: trained on the corpus, or loaded from a file."""
 
-    kind: Literal["bpe", "char", "byte"] = Field(
+    kind: Literal["bpe", "char", "byte", "word"] = Field(
         "bpe",
         description="Kind of tokenizer: `bpe` (byte-level), `char` (characters, with bytes for those outside the "
-        "vocabulary) or `byte`.",
+        "vocabulary), `byte`, or `word` (words between spaces, for text that is tokenized already).",
     )
     path: str | None = Field(
         None,
@@ -137,7 +359,7 @@ class TokenizerConfig(Section):
         "section are then not used.",
     )
     vocab_size: Annotated[int, Field(ge=257)] = Field(
-        4096, description="Maximum number of tokens in the vocabulary of `bpe` and `char`."
+        4096, description="Maximum number of tokens in the vocabulary of `bpe`, `char` and `word`."
     )
     sample_bytes: PositiveInt = Field(
         50_000_000, description="Bytes of text that the tokenizer is trained on, sampled from the whole corpus."
@@ -335,10 +557,15 @@ class ServeConfig(Section):
         description="Path of a file of lines from `gru key`; each request needs the key of one of them. Absent: none "
         "is needed.",
     )
-    chat_template: Annotated[str, Field(pattern=r"^[^{}]*(\{role\}[^{}]*)?\{content\}[^{}]*$")] = Field(
-        "{role}:\n{content}\n\n",
+    cors_origins: list[Origin] = Field(
+        [],
+        description="Origins of web pages that may send requests from a browser, such as `https://app.example.org`; "
+        "`*`: all. Empty: none.",
+    )
+    chat_template: ChatTemplate | None = Field(
+        None,
         description="Text to make from each message of a chat. The answer takes the place of the next `{content}`, and "
-        "ends at the text after it.",
+        "ends at the text after it. Absent: `corpus.chat_template`.",
     )
     poll_seconds: Annotated[float, Field(gt=0)] = Field(5, description="Seconds between two looks at `@champion`.")
     canary: CanaryConfig = CanaryConfig()
@@ -569,20 +796,25 @@ def _keys_at(location: list[str]) -> list[str]:
     """Return the keys of the section at this place."""
     record: type[BaseModel] = PipelineConfig
     for part in location:
-        annotation = record.model_fields[part].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        record = annotation
+        if not part.isdigit():
+            inner = _record_of(record.model_fields[part].annotation)
+            assert inner
+            record = inner
     return list(record.model_fields)
 
 
 def _type_at(location: list[str]) -> str:
     """Return the name of the type of the key at this place, which may be an element of a list."""
-    record: Any = PipelineConfig
+    record: type[BaseModel] = PipelineConfig
+    annotation: Any = PipelineConfig
     for part in location:
-        if not (isinstance(record, type) and issubclass(record, BaseModel)):
+        if part.isdigit():
+            continue
+        if part not in record.model_fields:
             break
-        record = record.model_fields[part].annotation
-    return _type_name(record)
+        annotation = record.model_fields[part].annotation
+        record = _record_of(annotation) or record
+    return _type_name(annotation)
 
 
 def describe() -> str:
@@ -591,17 +823,25 @@ def describe() -> str:
 
 
 def _describe(record: type[BaseModel], section: str) -> Iterator[str]:
-    sections: list[tuple[str, type[BaseModel]]] = []
+    sections: list[tuple[str, str, type[BaseModel]]] = []
     for name, field in record.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            sections.append((f"{section}{name}", field.annotation))
+        if inner := _record_of(field.annotation):
+            heading = f"[[{section}{name}]]" if get_origin(field.annotation) is list else f"[{section}{name}]"
+            sections.append((heading, f"{section}{name}.", inner))
             continue
         default = "required" if field.is_required() else f"default {_toml(field.default)}"
         yield f"  {section}{name}: {_type_name(field.annotation)} ({default})"
         yield f"      {field.description}"
-    for name, inner in sections:
-        yield f"[{name}]"
-        yield from _describe(inner, f"{name}.")
+    for heading, prefix, inner in sections:
+        yield heading
+        yield from _describe(inner, prefix)
+
+
+def _record_of(annotation: Any) -> type[BaseModel] | None:
+    """Return the record of a section, or of the tables of a list; None for other types."""
+    if get_origin(annotation) is list:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _type_name(annotation: Any) -> str:

@@ -42,15 +42,15 @@ def join(path: str, *parts: str) -> str:
     return "/".join([path.rstrip("/"), *parts])
 
 
-def check_writable(path: str) -> None:
-    """Raise UserError if no file can be written under `path`."""
+def check_writable(path: str, key: str = "storage") -> None:
+    """Raise UserError if no file can be written under `path`, which is the value of the config's `key`."""
     probe = join(path, f".writable-{os.getpid()}")
     try:
         write_bytes(probe, b"")
         remove(probe)
     except (OSError, ImportError, ValueError) as error:  # ValueError: fsspec does not know the protocol
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"storage = {path!r}: cannot write there: {reason}") from None
+        raise UserError(f"{key} = {path!r}: cannot write there: {reason}") from None
 
 
 def exists(path: str) -> bool:
@@ -64,6 +64,15 @@ def names(path: str) -> list[str]:
     if not filesystem.isdir(inner):
         return []
     return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in filesystem.ls(inner, detail=False))
+
+
+def last_modified(path: str) -> float | None:
+    """Return when a file under a directory was last modified, as a Unix time; None if it has none or it is unknown."""
+    filesystem, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
+    try:
+        return max((filesystem.modified(name).timestamp() for name in filesystem.find(inner)), default=None)
+    except (NotImplementedError, FileNotFoundError):  # a file system without times, or another process at work
+        return None
 
 
 def read_bytes(path: str) -> bytes:

@@ -4,12 +4,12 @@ A table and curves are in the result's MLflow run. Each recurrent model is store
 result names `records`."""
 
 import argparse
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 from gru.config import PipelineConfig
 from gru.errors import UserError
+from gru.machine import available_cpus
 from jobs import entry, stages
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _device(config: PipelineConfig) -> "tuple[torch.device, str]":
     import torch
 
     device = entry.device("train", config.resources.train)
-    threads = config.train.threads or len(os.sched_getaffinity(0))
+    threads = config.train.threads or available_cpus()
     torch.set_num_threads(threads)
     return device, torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} threads"
 

@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
     arguments = parser.parse_args()
-    entry.quiet_libraries()
+    entry.prepare_libraries()
     try:
         print(_answer(arguments))
     except UserError as error:
@@ -82,10 +82,13 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "digest": manifest.digest,
         "train": manifest.train.model_dump(),
         "heldout": manifest.heldout.model_dump(),
+        "heldout_by": manifest.heldout_by,
         "bytes_per_token": round(counts.bytes / counts.tokens, 3),
         "characters_per_token": round(counts.characters / counts.tokens, 3),
         "documents_by_tokens": {f"<={limit}": lengths[limit] for limit in sorted(lengths)},
         "dropped": manifest.dropped,
+        "dropped_bytes": manifest.dropped_bytes,
+        "passed_over": manifest.passed_over,
         "replaced": manifest.replaced,
         "examples": manifest.examples,
         "vocabulary": manifest.vocab_size,
@@ -114,19 +117,32 @@ def _report(dataset: Dataset, facts: dict[str, Any]) -> str:
     for name, counts in (("train", train), ("held out", heldout)):
         numbers = (counts[key] for key in ("documents", "bytes", "characters", "tokens"))
         lines.append(f"{name:12}" + "{:>15,} {:>17,} {:>17,} {:>17,}".format(*numbers))
+    lines += [f"            held out by {facts['heldout_by'].replace('_', ' ')}"]
     lines += ["", "tokens per document, including end of text"]
     lengths: dict[str, int] = facts["documents_by_tokens"]
     total = sum(lengths.values())
     for (limit, count), below in zip(lengths.items(), accumulate(lengths.values()), strict=True):
         bar = "█" * round(40 * count / max(lengths.values()))
         lines.append(f"{'up to ' + format(int(limit[2:]), ','):>18} {count:>13,} {below / total:>7.1%}  {bar}".rstrip())
-    lines += ["", "documents left out" if facts["dropped"] else "documents left out: none"]
-    lines += [f"{reason:>18} {count:>13,}" for reason, count in facts["dropped"].items()]
+    return "\n".join([*lines, "", *_report_left_out(facts)])
+
+
+def _report_left_out(facts: dict[str, Any]) -> list[str]:
+    """Return what was left out, by reason, with examples, and the files that were not read."""
+    reasons = sorted({**facts["dropped"], **facts["dropped_bytes"]})
+    width = max([14, *map(len, reasons)])
+    lines = [f"{'documents left out':{width + 14}}{'bytes lost':>17}" if reasons else "documents left out: none"]
+    for reason in reasons:
+        lost = facts["dropped_bytes"].get(reason)
+        lines.append(f"{reason:>{width}} {facts['dropped'].get(reason, 0):>13,}{f' {lost:>16,}' if lost else ''}")
+        lines += [f"  {example}" for example in facts["examples"].get(reason, ())]
     if facts["replaced"]:
         lines += ["", f"{facts['replaced']:,} documents have U+FFFD in place of invalid bytes"]
-    if facts["examples"]:
-        lines += ["", "first problems found", *(f"  {example}" for example in facts["examples"])]
-    return "\n".join(lines)
+        lines += [f"  {example}" for example in facts["examples"].get("replaced", ())]
+    if facts["passed_over"]:
+        lines += ["", "files that were not read, by extension"]
+        lines += [f"{name or '(none)':>14} {count:>13,}" for name, count in sorted(facts["passed_over"].items())]
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,27 +1,57 @@
-"""Tokenize the corpus and write it as Parquet shards, with Ray Data."""
+"""Tokenize the corpus and write it as Parquet shards, with Ray Data if it is larger than one partition."""
 
+import argparse
 import os
+import sys
 import time
-from typing import cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, cast
 
 from gru.config import PipelineConfig
+from gru.corpus.file_formats import describe_extensions
 from gru.registry import tracking
 from jobs import entry, stages
 from jobs.results import Counts, PrepareResult
 
-_EXAMPLES = 5  # examples of problems that are printed
+if TYPE_CHECKING:
+    from gru.corpus.dataset import Manifest
+
+_EXAMPLES = 2  # examples of each kind of problem that are printed
 
 
-def run(config: PipelineConfig, context: entry.JobContext) -> PrepareResult:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only read a sample, and show documents, what would be left out, and the expected size and time",
+    )
+
+
+def run(config: PipelineConfig, context: entry.JobContext) -> Mapping[str, object]:
+    return dry_run(config) if context.arguments.dry_run else prepare_dataset(config, context)
+
+
+def dry_run(config: PipelineConfig) -> Mapping[str, object]:
+    """Print the preview on stderr and return it. Raises UserError if the sample has no document."""
+    from jobs.look import look, report, result
+
+    preview = look(config)
+    print(report(preview), file=sys.stderr)
+    preview.require_documents()
+    return result(preview)
+
+
+def prepare_dataset(config: PipelineConfig, context: entry.JobContext) -> PrepareResult:
     stage = stages.prepare_stage(config, context.dataset)
     if result := stage.result():
         return result
     from gru.corpus.prepare import prepare
 
-    entry.start_ray()
     started = time.monotonic()
     resources = config.resources.prepare
-    manifest = prepare(config.corpus, config.tokenizer, stage.directory, context.progress, resources).manifest
+    manifest = prepare(
+        config.corpus, config.tokenizer, stage.directory, context.progress, resources, entry.start_ray
+    ).manifest
     counts = {
         "documents": manifest.counts.documents,
         "bytes": manifest.counts.bytes,
@@ -30,18 +60,18 @@ def run(config: PipelineConfig, context: entry.JobContext) -> PrepareResult:
         "vocabulary": manifest.vocab_size,
         "shards": len(manifest.shards),
     }
-    for example in manifest.examples[:_EXAMPLES]:
-        context.progress(example)
-    if manifest.dropped or manifest.replaced:
-        reasons = [f"{count:,} {reason}" for reason, count in manifest.dropped.items()]
-        reasons += [f"{manifest.replaced:,} with U+FFFD in place of invalid bytes"] if manifest.replaced else []
-        context.progress(f"left out: {', '.join(reasons)}" if manifest.dropped else ", ".join(reasons))
+    for line in _problems(manifest):
+        context.progress(line)
     result = {
         "stage": stage.name,
         "key": stage.key,
         "dataset": stage.directory,
         "digest": manifest.digest,
         "heldout_digest": manifest.heldout_digest,
+        "heldout_by": manifest.heldout_by,
+        "reasons": manifest.dropped,
+        "dropped_bytes": manifest.dropped_bytes,
+        "passed_over": manifest.passed_over,
         **cast(Counts, counts),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -53,5 +83,23 @@ def run(config: PipelineConfig, context: entry.JobContext) -> PrepareResult:
     return stage.commit(result)
 
 
+def _problems(manifest: "Manifest") -> Iterator[str]:
+    """Yield a line for each reason for which documents were left out, its first examples, and what was not read."""
+    for reason in sorted({*manifest.dropped, *manifest.dropped_bytes}):
+        count, lost = manifest.dropped.get(reason, 0), manifest.dropped_bytes.get(reason, 0)
+        if count:
+            yield f"left out: {count:,} {reason}" + (f", {lost:,} bytes" if lost else "")
+        else:  # what is no document, such as bytes behind the end of compressed data
+            yield f"left out: {lost:,} bytes, {reason}"
+        for example in manifest.examples.get(reason, [])[:_EXAMPLES]:
+            yield f"  {example}"
+    if manifest.replaced:
+        yield f"{manifest.replaced:,} documents have U+FFFD in place of invalid bytes"
+        for example in manifest.examples.get("replaced", [])[:_EXAMPLES]:
+            yield f"  {example}"
+    if manifest.passed_over:
+        yield f"files passed over: {describe_extensions(manifest.passed_over)}"
+
+
 if __name__ == "__main__":
-    entry.main("prepare", __doc__ or "", run)
+    entry.main("prepare", __doc__ or "", run, add_arguments)

@@ -19,7 +19,7 @@ class Counts(TypedDict):
     bytes: int
     tokens: int
     dropped: int
-    """Number of documents that were left out; the manifest has the reasons."""
+    """Number of documents that were left out."""
     vocabulary: int
     """Number of tokens that the tokenizer knows."""
     shards: int
@@ -34,6 +34,14 @@ class PrepareResult(Counts):
     """Digest of the dataset's manifest."""
     heldout_digest: str
     """Digest of the held-out texts, which does not depend on the tokenizer."""
+    heldout_by: str
+    """How the held-out text was chosen: `hash`, `tail` or `lowest_hash`."""
+    reasons: dict[str, int]
+    """Number of documents that were left out, by reason."""
+    dropped_bytes: dict[str, int]
+    """Bytes of the sources that were lost with them, by reason, as far as known."""
+    passed_over: dict[str, int]
+    """Number of files in the sources' directories and archives that are not read, by extension."""
     seconds: float
 
 
@@ -93,7 +101,7 @@ class PromoteResult(TypedDict):
     bundle: str
     """Digest of the bundle that was registered."""
     promoted: bool
-    """Whether the version became the champion."""
+    """Whether the version is the champion."""
     reason: str
     run: str
     """Id of the MLflow run."""
@@ -187,7 +195,7 @@ def describe(stage: str, result: Mapping[str, Any]) -> str:
         case "evaluate":
             return f"{result['bits_per_byte']:.3f} bits per byte"
         case "promote":
-            alias = "champion" if result["promoted"] else "challenger"
-            return f"{result['model']} version {result['version']} is @{alias}: {result['reason']}"
+            state = "is @champion" if result["promoted"] else "is not @champion"
+            return f"{result['model']} version {result['version']} {state}: {result['reason']}"
         case _:
             return f"version {result['version']} at {result['endpoint']}"

@@ -12,6 +12,7 @@ from typing import Any, Generic
 from gru import storage
 from gru.config import PipelineConfig, TrainConfig, content_key
 from gru.errors import UserError
+from gru.network import url_of
 from jobs.results import (
     EvaluateResult,
     PrepareResult,
@@ -59,7 +60,7 @@ class Stage(Generic[R]):
 
 
 class PromotionStage(Stage[PromoteResult]):
-    """A stage whose result is valid while the registry has the version."""
+    """A stage whose result is valid while the registry has the version; whether that is the champion is looked up."""
 
     def result(self) -> PromoteResult | None:
         from gru.registry import versions
@@ -67,7 +68,16 @@ class PromotionStage(Stage[PromoteResult]):
         result = super().result()
         if result is None or not versions.exists(result["model"], result["version"], result["bundle"]):
             return None
-        return result
+        # The alias may have moved since: by a rollback, by hand, or to a better version.
+        champion = versions.resolve(result["model"], versions.CHAMPION)
+        is_champion = champion is not None and champion.version == result["version"]
+        if is_champion == result["promoted"]:
+            return result
+        now = f"version {champion.version}" if champion else "no version"
+        reason = f"it was promoted, but {now} is @{versions.CHAMPION} now"
+        if is_champion:
+            reason = "it was not promoted, but the alias was moved to it later"
+        return {**result, "promoted": is_champion, "reason": reason}
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,8 @@ class EndpointStage(Stage[ServeResult]):
     model: str
     version: str
     settings: str
-    """Content key of the [serve] section and of the replicas' resources."""
+    """Content key of the [serve] section, the replicas' resources, and the storage: another pipeline's model may have
+    the same name."""
 
     def result(self) -> ServeResult | None:
         try:
@@ -111,7 +122,8 @@ def prepare_stage(config: PipelineConfig, directory: str | None = None) -> Stage
     from gru.corpus.prepare import dataset_key
 
     if directory is None:
-        directory = storage.join(config.storage, "datasets", dataset_key(config.corpus, config.tokenizer))
+        key = dataset_key(config.corpus, config.tokenizer, store=config.storage)
+        directory = storage.join(config.storage, "datasets", key)
     return Stage("prepare", directory.rsplit("/", 1)[1], storage.join(directory, "result.json"), PrepareResult)
 
 
@@ -145,7 +157,7 @@ def serve_stage(config: PipelineConfig) -> EndpointStage:
     champion = versions.resolve(config.model_name, versions.CHAMPION)
     if champion is None:
         raise UserError(f"model {config.model_name!r} has no @{versions.CHAMPION}: run python -m jobs.promote first")
-    settings = content_key(config.serve, config.resources.serve)
+    settings = content_key(config.serve, config.resources.serve, config.storage)
     key = content_key("serve", config.model_name, champion.version, settings)
-    address = f"http://{config.serve.host}:{config.serve.port}"
+    address = url_of(config.serve.host, config.serve.port)
     return EndpointStage("serve", key, address, ServeResult, config.model_name, champion.version, settings)

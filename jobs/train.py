@@ -42,7 +42,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> TrainResult:
             dataset=prepared["dataset"],
             dataset_digest=prepared["digest"],
             tokenizer_digest=dataset.manifest.tokenizer_digest,
-            sources=config.corpus.sources,
+            sources=config.corpus.paths,
             versions=last.state["versions"],
         )
         write_bundle(bundle, config.model, last.average, dataset.tokenizer(), lineage)

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: w
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: other tests would starve Ray's workers
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
-entry.quiet_libraries()
+entry.prepare_libraries()
 
 
 SERVICES = {
@@ -87,7 +87,7 @@ def bucket() -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         s3fs.S3FileSystem.clear_instance_cache()
-        fsspec.filesystem("s3").mkdir("corpora")
+        fsspec.filesystem("s3").makedirs("corpora", exist_ok=True)  # moto keeps its buckets for the process
         yield "s3://corpora"
         s3fs.S3FileSystem.clear_instance_cache()
     server.stop()

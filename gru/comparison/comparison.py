@@ -125,7 +125,7 @@ class Comparison:
             dataset=dataset.directory,
             dataset_digest=dataset.manifest.digest,
             tokenizer_digest=dataset.manifest.tokenizer_digest,
-            sources=self.config.corpus.sources,
+            sources=self.config.corpus.paths,
             versions={"torch": str(torch.__version__)},
         )
         write_bundle(path, contender.model, model.state_dict(), dataset.tokenizer(), lineage)

@@ -52,7 +52,8 @@ class Contender:
     def lane_order(self, dataset: Dataset, seed: int) -> LaneOrder:
         """Return the order in which the training text is read. Raises UserError if the corpus is too small."""
         sizes = [segment.tokens for segment in dataset.segments("train")]
-        return LaneOrder(sizes, seed, self.train.batch_size, self.train.sequence_length)
+        weights = dataset.segment_weights("train")
+        return LaneOrder(sizes, seed, self.train.batch_size, self.train.sequence_length, weights)
 
     def build(self, model: ModelConfig, vocab_size: int, matmul_dtype: torch.dtype) -> LanguageModel:
         """Return a new model with initial weights."""

@@ -1,61 +1,108 @@
-"""The batches: which tokens each lane reads at each step, from segment sizes, seed and step.
+"""The batches: which tokens each lane reads at each step, from segment sizes and weights, seed and step.
 
 For an epoch the segments are permuted, laid end to end, and cut into as many equal stretches as there are lanes; a
-lane reads its stretch one window of `sequence_length` tokens per step. A batch is a pure function of its arguments,
-so there is no state to save. This module does not know workers, files or Ray.
+lane reads its stretch one window of `sequence_length` tokens per step. A segment of weight 2 is there twice, one of
+weight 0.25 in every fourth epoch. A batch is a pure function of its arguments, so there is no state to save. This
+module does not know workers, files or Ray.
 
 Shapes: T time (tokens in a window), B lanes.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gru.errors import UserError
 
 _BLOCK_TOKENS = 1024  # tokens of each lane that are assembled together
+_UNIT_BITS = 20  # weights are multiples of 2^-20, so that sums of them are exact
+_UNIT = 1 << _UNIT_BITS
+_PHASES = (1 << 64) - 1  # in place of an epoch's number, for numbers that are the same in all epochs
 
 Tokens = np.ndarray[Any, np.dtype[Any]]
+
+
+class Epoch(NamedTuple):
+    """A pass over the text."""
+
+    number: int
+    first_step: int
+    steps: int
+    stretch: int  # tokens that each lane reads; the last window may be shorter than the others
 
 
 class LaneOrder:
     """The place in the segments where each lane reads at each step.
 
     segment_tokens: number of tokens in each segment. lanes: number of lanes of all workers. sequence_length: number of
-    tokens that a lane reads per step. Raises UserError if there are too few tokens for one window per lane.
+    tokens that a lane reads per step. weights: how often an epoch reads each segment; None: once.
+    Raises UserError if an average epoch has too few tokens for one window per lane.
     """
 
-    def __init__(self, segment_tokens: Sequence[int], seed: int, lanes: int, sequence_length: int) -> None:
+    def __init__(
+        self,
+        segment_tokens: Sequence[int],
+        seed: int,
+        lanes: int,
+        sequence_length: int,
+        weights: Sequence[float] | None = None,
+    ) -> None:
         self.lanes, self.sequence_length = lanes, sequence_length
         self._sizes = np.asarray(segment_tokens, dtype=np.int64)
         self._seed = seed
-        total = int(self._sizes.sum())
-        self.stretch = total // lanes  # the remainder, fewer tokens than lanes, is not read in this epoch
-        if self.stretch < sequence_length:
+        self._weights = _in_units(np.ones(len(self._sizes)) if weights is None else np.asarray(weights))
+        self._phases = self._spread_phases()
+        total = sum(map(int.__mul__, self._weights.tolist(), self._sizes.tolist())) // _UNIT
+        if total // lanes < sequence_length:
+            weighted = " in an epoch, by the weights of the sources" if (self._weights != _UNIT).any() else ""
             raise UserError(
-                f"the corpus has {total:,} training tokens: too few for train.batch_size = {lanes} lanes of "
+                f"the corpus has {total:,} training tokens{weighted}: too few for train.batch_size = {lanes} lanes of "
                 f"train.sequence_length = {sequence_length} tokens: lower one of them, or add text"
             )
-        self.steps_per_epoch = -(-self.stretch // sequence_length)  # the last window of an epoch may be shorter
-        self._epoch = lru_cache(maxsize=2)(self._permute)
+        self._lock = Lock()  # a reader's thread asks as well
+        self._epochs: list[Epoch] = []
+        self._ends: list[int] = []  # step after the last one of each epoch
+        self._permuted = lru_cache(maxsize=2)(self._permute)
 
-    def begins_epoch(self, step: int) -> bool:
-        """Whether this step is the first of an epoch."""
-        return step % self.steps_per_epoch == 0
+    def epoch(self, number: int) -> Epoch:
+        """Return the epoch of this number. With weights epochs differ in length; one without a step is possible."""
+        with self._lock:
+            while len(self._epochs) <= number:
+                self._append_epoch()
+        return self._epochs[number]
+
+    def epoch_at(self, step: int) -> Epoch:
+        """Return the epoch that has this step."""
+        with self._lock:
+            while not self._ends or self._ends[-1] <= step:
+                self._append_epoch()
+        return self._epochs[bisect_right(self._ends, step)]
+
+    def _append_epoch(self) -> None:
+        number, first_step = len(self._epochs), self._ends[-1] if self._ends else 0
+        # The remainder, fewer tokens than lanes, is not read in this epoch.
+        stretch = int((self._counts(number) * self._sizes).sum()) // self.lanes
+        steps = -(-stretch // self.sequence_length)
+        self._epochs.append(Epoch(number, first_step, steps, stretch))
+        self._ends.append(first_step + steps)
 
     def window_of(self, step: int) -> tuple[int, int, int]:
         """Return (epoch, start, stop): the lanes read tokens [start, stop) of their stretches at this step."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return epoch, index * self.sequence_length, min((index + 1) * self.sequence_length, self.stretch)
+        epoch = self.epoch_at(step)
+        start = (step - epoch.first_step) * self.sequence_length
+        return epoch.number, start, min(start + self.sequence_length, epoch.stretch)
 
     def slices(self, epoch: int, lane: int, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return the (segment, start, stop) that tokens [start, stop) of a lane's stretch consist of, in order."""
-        order, ends = self._epoch(epoch)
-        position, stop = lane * self.stretch + start, lane * self.stretch + stop
+        order, ends = self._permuted(epoch)
+        stretch = self.epoch(epoch).stretch
+        position, stop = lane * stretch + start, lane * stretch + stop
         slices = []
         index = int(np.searchsorted(ends, position, side="right"))
         while position < stop:
@@ -65,11 +112,41 @@ class LaneOrder:
             position, index = end, index + 1
         return slices
 
+    def _counts(self, epoch: int) -> Tokens:
+        """Return how often the epoch reads each segment: how many integers its weights, added up, pass in it."""
+        before, after = (self._weights * number + self._phases for number in (epoch, epoch + 1))
+        return (after >> _UNIT_BITS) - (before >> _UNIT_BITS)
+
     def _permute(self, epoch: int) -> tuple[Tokens, Tokens]:
-        """Return the segments in this epoch's order, and the position where each one ends."""
-        key = splitmix64(splitmix64(np.array([self._seed], dtype=np.uint64)) ^ np.uint64(epoch))
-        order = np.argsort(splitmix64(key ^ np.arange(len(self._sizes), dtype=np.uint64)), kind="stable")
+        """Return the segments in this epoch's order, each as often as it is read, and the position where each ends."""
+        counts = self._counts(epoch)
+        segments = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
+        copies = np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = np.argsort(self._random(epoch, segments | copies.astype(np.uint64) << np.uint64(32)), kind="stable")
+        order = segments[order].astype(np.int64)
         return order, np.cumsum(self._sizes[order])
+
+    def _spread_phases(self) -> Tokens:
+        """Return the phase of each segment: those of one weight are a permutation of 0/n, 1/n ... (n-1)/n.
+
+        So an epoch has w n of n segments of weight w, rounded up or down: sum floor(x + i/n) = floor(n x) (Hermite).
+        """
+        phases = np.zeros(len(self._sizes), dtype=np.int64)
+        ranks = self._random(_PHASES, np.arange(len(self._sizes), dtype=np.uint64))
+        for weight in np.unique(self._weights):
+            same = np.flatnonzero(self._weights == weight)
+            phases[same[np.argsort(ranks[same], kind="stable")]] = np.arange(len(same)) * _UNIT // len(same)
+        return phases
+
+    def _random(self, epoch: int, numbers: Tokens) -> Tokens:
+        """Return a pseudorandom number for each number, by seed and epoch."""
+        key = splitmix64(splitmix64(np.array([self._seed], dtype=np.uint64)) ^ np.uint64(epoch))
+        return splitmix64(key ^ numbers)
+
+
+def _in_units(weights: Tokens) -> Tokens:
+    """Return weights as positive multiples of 2^-20."""
+    return np.maximum(np.rint(weights * _UNIT), 1).astype(np.int64)
 
 
 def splitmix64(x: Tokens) -> Tokens:
@@ -118,9 +195,9 @@ class LaneReader:
 
     def _block_of(self, step: int) -> tuple[int, int]:
         """Return the first step of the block that has this step, and the step after its last."""
-        index = step % self._order.steps_per_epoch
-        epoch_start, block_start = step - index, index // self._steps * self._steps
-        return epoch_start + block_start, epoch_start + min(block_start + self._steps, self._order.steps_per_epoch)
+        epoch = self._order.epoch_at(step)
+        first = epoch.first_step + (step - epoch.first_step) // self._steps * self._steps
+        return first, min(first + self._steps, epoch.first_step + epoch.steps)
 
     def _assemble(self, first: int, after: int) -> Tokens:
         """Return the tokens [T + 1, lanes] of steps [first, after), preceded by the token before them in each lane."""

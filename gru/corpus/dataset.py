@@ -25,13 +25,14 @@ from gru.corpus import tokenizer as tokenizers
 from gru.corpus.tokenizer import Tokenizer
 from gru.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
 _DECODE_TOKENS = 1 << 16  # tokens decoded at a time: as Python integers they take 40 times the memory
 
 Split = Literal["train", "heldout"]
+HeldoutBy = Literal["hash", "tail", "lowest_hash"]
 Tokens = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -69,11 +70,21 @@ class Shard(ManifestRecord):
 
     name: str
     split: Split
+    source: int  # index in `CorpusConfig.source_options()` of the source of its documents
     counts: Counts
     lengths: list[int]  # histogram: number of documents of up to 2^0, 2^1, 2^2 ... tokens
     file_bytes: int
     digest: str  # SHA-256 of the file
     segments: list[int]  # number of tokens in each row group
+
+
+# Where the inputs are is not part of the content, nor are the files that were not read.
+_LOCATIONS: Any = {
+    "digest": True,
+    "passed_over": True,
+    "corpus": {"sources": True, "source": {"__all__": {"path"}}, "dropped": True},
+    "tokenizer": {"path"},
+}
 
 
 class Manifest(ManifestRecord):
@@ -85,15 +96,18 @@ class Manifest(ManifestRecord):
     sources: list[Source]
     train: Counts
     heldout: Counts
+    heldout_by: HeldoutBy  # how the held-out text was chosen: `corpus.heldout`, unless no document would be held out
     dropped: dict[str, int]  # number of documents left out, by reason
+    dropped_bytes: dict[str, int]  # bytes of the sources that were lost with them, by reason, as far as known
+    passed_over: dict[str, int]  # number of files in the sources' directories that are not read, by extension
     replaced: int  # number of documents in which U+FFFD replaces invalid bytes
-    examples: list[str]  # the first problems found in the sources: file, place and what is wrong
+    examples: dict[str, list[str]]  # the first problems by reason: file, place and what is wrong
     vocab_size: int
     end_of_text: int
     tokenizer_digest: str
     heldout_digest: str  # digest of the held-out texts; independent of their order, the partitions and the tokenizer
     shards: list[Shard]
-    digest: str = ""  # digest of all other fields except the paths of the sources and of the tokenizer
+    digest: str = ""  # digest of all other fields except `passed_over` and the paths of the inputs
 
     @property
     def counts(self) -> Counts:
@@ -101,7 +115,7 @@ class Manifest(ManifestRecord):
 
     def content_digest(self) -> str:
         """Return what `digest` must be."""
-        content = self.model_dump(mode="json", exclude={"digest": True, "corpus": {"sources"}, "tokenizer": {"path"}})
+        content = self.model_dump(mode="json", exclude=_LOCATIONS)
         return storage.sha256(json.dumps(content, sort_keys=True).encode())
 
 
@@ -131,6 +145,16 @@ class Dataset:
             for shard in self.manifest.shards
             if shard.split == split
             for index, tokens in enumerate(shard.segments)
+        ]
+
+    def segment_weights(self, split: Split) -> list[float]:
+        """Return how often an epoch reads each segment of a split: its source's weight; held-out text has none."""
+        weights = [options.weight for options in self.manifest.corpus.source_options()]
+        return [
+            weights[shard.source] if split == "train" else 1.0
+            for shard in self.manifest.shards
+            if shard.split == split
+            for _ in shard.segments
         ]
 
     def read_segment(self, segment: Segment) -> Tokens:
@@ -239,7 +263,7 @@ def open_dataset(directory: str) -> Dataset:
 def load_tokenizer(directory: str, digest: str) -> Tokenizer:
     """Return the tokenizer of a dataset. Raises UserError if its digest is another one."""
     path = storage.join(directory, TOKENIZER)
-    tokenizer = tokenizers.load(path)
+    tokenizer = tokenizers.read(path)
     if tokenizer.digest != digest:
         raise UserError(f"{path}: damaged: its SHA-256 differs from the one in {MANIFEST}")
     return tokenizer

@@ -4,7 +4,8 @@ The first in source order is kept. This module sees only fingerprints, computed 
 result does not depend on how the work was distributed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,10 @@ class Fingerprints(NamedTuple):
     """uint64 [documents]: equal for equal documents."""
     signatures: Array
     """uint32 [documents, permutations]: MinHash (Broder 1997); [documents, 0] without near deduplication."""
+    ordinals: Array
+    """int64 [documents]: position among all documents that were read from the partition, with equal ones."""
+    characters: Array
+    """int64 [documents]: length of each document."""
 
 
 def signature(text: str) -> Array:
@@ -44,11 +49,14 @@ def signature(text: str) -> Array:
     return sketch.hashvalues
 
 
-def find_equal(counts: Sequence[int], hashes: Callable[[int], Array]) -> dict[int, Array]:
+def find_equal(
+    counts: Sequence[int], hashes: Callable[[int], Array], removed: Mapping[int, Array] = MappingProxyType({})
+) -> dict[int, Array]:
     """Return, for each partition that has any, the mask [documents] of those that equal an earlier document.
 
     counts: number of documents in each partition. hashes: partition -> hashes of its documents; called several times
-    per partition if the corpus is large, so that memory stays bounded.
+    per partition if the corpus is large, so that memory stays bounded. removed: masks of documents that are left out
+    for other reasons, and so equal to none.
     """
     masks: dict[int, Array] = {}
     nonempty = [index for index, count in enumerate(counts) if count]
@@ -57,7 +65,8 @@ def find_equal(counts: Sequence[int], hashes: Callable[[int], Array]) -> dict[in
         chosen, positions = [], []
         for index in nonempty:
             own = hashes(index)
-            inside = np.flatnonzero(own % np.uint64(buckets) == bucket)
+            chosen_here = own % np.uint64(buckets) == bucket
+            inside = np.flatnonzero(chosen_here & ~removed[index] if index in removed else chosen_here)
             chosen.append(own[inside])
             positions.append(inside)
         _, first = np.unique(np.concatenate(chosen), return_index=True)  # the first of equal ones: the sort is stable
@@ -73,7 +82,7 @@ def find_equal(counts: Sequence[int], hashes: Callable[[int], Array]) -> dict[in
 
 
 def find_similar(
-    counts: Sequence[int], signatures: Callable[[int], Array], equal: dict[int, Array], similarity: float
+    counts: Sequence[int], signatures: Callable[[int], Array], removed: Mapping[int, Array], similarity: float
 ) -> dict[int, Array]:
     """As `find_equal`, for documents whose estimated Jaccard similarity to an earlier, kept one is >= `similarity`.
 
@@ -88,7 +97,7 @@ def find_similar(
     permutations = MinHash(_PERMUTATIONS).permutations
     for index, count in enumerate(counts):
         for ordinal, values in enumerate(signatures(index) if count else ()):
-            if index in equal and equal[index][ordinal]:
+            if index in removed and removed[index][ordinal]:
                 continue
             sketch = MinHash(hashvalues=values, permutations=permutations, scheme="affine32")
             if any(sketches[other].jaccard(sketch) >= similarity for other in index_of_kept.query(sketch)):

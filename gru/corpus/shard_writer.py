@@ -51,7 +51,8 @@ class ShardWriter:
     another row in the next row group.
     """
 
-    def __init__(self, path: str, tokenizer: Tokenizer, segment_tokens: int) -> None:
+    def __init__(self, path: str, tokenizer: Tokenizer, segment_tokens: int, source: int = 0) -> None:
+        self._source = source
         self._path, self._segment_tokens = path, segment_tokens
         kind = token_type(tokenizer)
         columns = [("document", pa.uint64()), ("source", pa.string()), ("tokens", pa.list_(pa.from_numpy_dtype(kind)))]
@@ -63,6 +64,12 @@ class ShardWriter:
         self._held_lengths = empty  # of the whole documents; the first may be held in part
         self._segments: list[int] = []
         self._lengths: Counter[int] = Counter()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.abandon()
 
     def add(self, batch: EncodedDocuments) -> None:
         """Append documents, and write the row groups that they complete."""
@@ -128,6 +135,7 @@ class ShardWriter:
         return Shard(
             name=self._path.rsplit("/", 1)[1],
             split=split,
+            source=self._source,
             counts=Counts(
                 documents=self._lengths.total(), bytes=size, characters=characters, tokens=sum(self._segments)
             ),

@@ -6,6 +6,7 @@ and of checkpoints only their paths: the caller says how one is loaded.
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -167,12 +168,13 @@ class _Trace:
         link.facts |= {"files": len(manifest.sources), "bytes": sum(source.size for source in manifest.sources)}
         if not self._verify:
             return
-        current = {source.name: source for source in recorded_sources(manifest.corpus)}
+        current = Counter(recorded_sources(manifest.corpus, self._dataset.directory))
         for source in manifest.sources:
-            if source != current.pop(source.name, None):
+            if not current[source]:
                 raise _Different(f"{source.name} has changed or does not exist any more")
-        if current:
-            raise _Different(f"{len(current):,} files are new, for example {next(iter(current))}")
+            current[source] -= 1
+        if new := [*current.elements()]:
+            raise _Different(f"{len(new):,} files are new, for example {new[0].name}")
         link.state = "verified"
 
 

@@ -54,7 +54,13 @@ def train(
         "seed": config.seed,
     }
     # Raises UserError if the corpus is too small.
-    LaneOrder([s.tokens for s in dataset.segments("train")], config.seed, config.batch_size, config.sequence_length)
+    LaneOrder(
+        [segment.tokens for segment in dataset.segments("train")],
+        config.seed,
+        config.batch_size,
+        config.sequence_length,
+        dataset.segment_weights("train"),
+    )
     if (last := _last(run, identity)) and last.step >= config.steps:
         return last
     if cluster.is_too_small(resources, config.min_workers or config.workers):  # an autoscaling cluster may still grow

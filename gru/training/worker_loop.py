@@ -30,6 +30,7 @@ from gru.config import ModelConfig, TrainConfig
 from gru.corpus.batches import LaneOrder, LaneReader, Tokens
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.errors import UserError
+from gru.machine import available_cpus
 from gru.model.precision import Precision, resolve
 from gru.registry import tracking
 from gru.training import checkpoint as checkpoints
@@ -93,7 +94,7 @@ def run_worker(config: dict[str, Assignment]) -> None:
 def _threads(config: TrainConfig, local_workers: int) -> int:
     if config.threads or config.bitwise_elastic:
         return config.threads or 1
-    return max(1, len(os.sched_getaffinity(0)) // local_workers)
+    return max(1, available_cpus() // local_workers)
 
 
 def _choose_checkpoint(assignment: Assignment, rank: int, watchdog: Watchdog) -> str | None:
@@ -144,7 +145,11 @@ class WorkerLoop:
         self.config = config = assignment.train
         self.segments = dataset.segments("train")
         self.order = LaneOrder(
-            [segment.tokens for segment in self.segments], config.seed, config.batch_size, config.sequence_length
+            [segment.tokens for segment in self.segments],
+            config.seed,
+            config.batch_size,
+            config.sequence_length,
+            dataset.segment_weights("train"),
         )
         self.heldout = dataset.first_tokens("heldout", config.heldout_tokens)
         self.meter = Meter()

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 
 from gru.config import CorpusConfig, TokenizerConfig
-from gru.corpus import sources
 from gru.corpus.documents import documents
+from gru.corpus.listing import list_files
+from gru.corpus.partitions import plan
 from gru.corpus.report import Report
 from gru.corpus.tokenizer import Tokenizer, train_tokenizer
 
@@ -23,7 +24,7 @@ def rate(amount: float, work: Callable[[], object]) -> float:
 
 def encoding() -> None:
     corpus = CorpusConfig(sources=["python-stdlib"])
-    [partition] = sources.plan(sources.list_files(corpus), corpus)
+    [partition] = plan(list_files(corpus).files, corpus)
     texts = [text for span in partition for text in documents(span, corpus, Report())]
     tokenizer = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=4096), texts)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6

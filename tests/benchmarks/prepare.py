@@ -21,9 +21,11 @@ from pathlib import Path
 import psutil
 
 from gru.config import CorpusConfig, TokenizerConfig
-from gru.corpus import sources, tokenizer
+from gru.corpus import tokenizer
 from gru.corpus.batches import LaneOrder, LaneReader
 from gru.corpus.documents import documents
+from gru.corpus.listing import list_files
+from gru.corpus.partitions import plan
 from gru.corpus.prepare import prepare
 from gru.corpus.report import Report
 from jobs import entry
@@ -59,7 +61,7 @@ def source_tree(folder: Path, megabytes: int) -> CorpusConfig:
 
 def texts_of(corpus: CorpusConfig, size: float = float("inf")) -> Iterator[str]:
     """Yield the first documents of a corpus, until they have `size` bytes."""
-    for partition in sources.plan(sources.list_files(corpus), corpus):
+    for partition in plan(list_files(corpus).files, corpus):
         for span in partition:
             for text in documents(span, corpus, Report()):
                 yield text
@@ -158,7 +160,7 @@ def batches(corpus: CorpusConfig, folder: Path) -> None:
     dataset = prepare(corpus, TokenizerConfig(kind="byte"), str(folder / "lanes"), lambda _: None)
     segments = dataset.segments("train")
     order = LaneOrder([segment.tokens for segment in segments], seed=0, lanes=32, sequence_length=64)
-    steps = min(order.steps_per_epoch, 20_000)
+    steps = min(order.epoch(0).steps, 20_000)
     with LaneReader(
         order, lambda i: dataset.read_segment(segments[i]), dataset.manifest.end_of_text, range(32)
     ) as reader:
@@ -232,7 +234,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=PARTS, nargs="*", default=PARTS, help="parts to run")
     arguments = parser.parse_args()
-    entry.quiet_libraries()
+    entry.prepare_libraries()
     import ray
 
     with tempfile.TemporaryDirectory() as name:

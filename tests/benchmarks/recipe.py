@@ -74,8 +74,9 @@ class Shifted(LaneOrder):
     """An order in which each epoch starts at another position and wraps around."""
 
     def slices(self, epoch: int, lane: int, start: int, stop: int) -> list[tuple[int, int, int]]:
-        total = self.stretch * self.lanes
-        first = (lane * self.stretch + start + epoch * 0x9E3779B97F4A7C15) % total
+        stretch = self.epoch(epoch).stretch
+        total = stretch * self.lanes
+        first = (lane * stretch + start + epoch * 0x9E3779B97F4A7C15) % total
         last = first + stop - start
         parts = super().slices(epoch, 0, first, min(last, total))
         return parts + (super().slices(epoch, 0, 0, last - total) if last > total else [])
@@ -192,7 +193,11 @@ def train_variant(name: str, config: PipelineConfig, dataset: str, seed: int) ->
 def train(learner: Learner, dataset: Dataset, build_order: type[LaneOrder]) -> None:
     config, segments = learner.config, dataset.segments("train")
     order = build_order(
-        [segment.tokens for segment in segments], config.seed, config.batch_size, config.sequence_length
+        [segment.tokens for segment in segments],
+        config.seed,
+        config.batch_size,
+        config.sequence_length,
+        dataset.segment_weights("train"),
     )
     with LaneReader(order, lambda i: dataset.read_segment(segments[i]), learner.end_of_text, learner.lanes) as reader:
         for step in range(config.steps):

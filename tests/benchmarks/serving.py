@@ -23,8 +23,10 @@ import psutil
 import torch
 
 from gru.config import CorpusConfig, ModelConfig, ServeConfig, ServeResources, TokenizerConfig
-from gru.corpus import sources, tokenizer
+from gru.corpus import tokenizer
 from gru.corpus.documents import documents
+from gru.corpus.listing import list_files
+from gru.corpus.partitions import plan
 from gru.corpus.report import Report
 from gru.generation.engine import Engine
 from gru.generation.generate import Collector
@@ -217,14 +219,14 @@ def registered() -> Iterator[str]:
     import mlflow
     import ray
 
-    entry.quiet_libraries()
+    entry.prepare_libraries()
     with tempfile.TemporaryDirectory(prefix="gru-benchmark-") as temporary:
         directory = Path(temporary)
         uri = f"sqlite:///{directory / 'mlflow.db'}"
         mlflow.set_tracking_uri(uri)
         mlflow.MlflowClient().create_experiment(NAME, artifact_location=str(directory / "artifacts"))
         corpus = CorpusConfig(sources=["python-stdlib"])
-        [partition, *_] = sources.plan(sources.list_files(corpus), corpus)
+        [partition, *_] = plan(list_files(corpus).files, corpus)
         texts = [text for span in partition[:100] for text in documents(span, corpus, Report())]
         trained = tokenizer.train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=VOCABULARY), texts)
         assert (trained.vocab_size, trained.end_of_text) == (VOCABULARY, END)
@@ -246,7 +248,7 @@ def url_of(port: int) -> str:
 def serve(uri: str, port: int, slots: int) -> str:
     """Deploy the model with `slots` slots per replica. Return the URL of the endpoint."""
     config = ServeConfig(port=port, slots=slots, max_queue=2 * slots, max_tokens_in_flight=1 << 30)
-    deployment.deploy(config, ServeResources(), NAME, uri)
+    deployment.deploy(config, ServeResources(), NAME, uri, "")
     url = url_of(port)
     deployment.wait_ready(url, "1", 120)
     load(throughput, url, 8, 20)  # warms up

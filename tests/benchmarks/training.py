@@ -117,7 +117,7 @@ def main() -> None:
         help="number of steps of the run whose waiting times are measured (default 700)",
     )
     arguments = parser.parse_args()
-    entry.quiet_libraries()
+    entry.prepare_libraries()
     with tempfile.TemporaryDirectory(prefix="gru-bench-") as folder:
         uri = f"sqlite:///{folder}/mlflow.db"
         import mlflow

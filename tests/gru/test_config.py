@@ -2,6 +2,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -60,8 +61,12 @@ def test_json_text_is_the_same_configuration(minimal: Path) -> None:
         ("train.workers=99", "train: workers = 99 exceeds batch_size = 32"),
         ("train.min_workers=2", "train: min_workers = 2 exceeds workers = 1"),
         ("train.bitwise_elastic=64", "train: bitwise_elastic = 64 exceeds batch_size = 32"),
-        ("tokenizer.kind=word", "tokenizer.kind: must be 'bpe', 'char' or 'byte', not 'word'"),
-        ("corpus.sources=[]", "corpus.sources: must not be empty, not []"),
+        ("tokenizer.kind=sentence", "tokenizer.kind: must be 'bpe', 'char', 'byte' or 'word', not 'sentence'"),
+        ("corpus.source=[{path=5}]", "corpus.source.0.path: must be a path or URL, or a list of them, not 5"),
+        ("corpus.delimiter=';;'", "corpus.delimiter: must be one character, and no double quote or line end, not"),
+        ("corpus.chat_template=x", "corpus.chat_template: must have {content} once, perhaps {role} before it,"),
+        ("corpus.header=['a', 'a']", "corpus.header: must not have a name twice"),
+        ("corpus.sources=[]", "corpus: needs sources = ["),
         ("corpus.sources=a.txt", "corpus.sources: must be a list, not 'a.txt'"),
         ("corpus.sources=[3]", "corpus.sources.0: must be a string, not 3"),
         ("train=3", "train: must be a table, not 3"),
@@ -97,8 +102,10 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def keys(record: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in record.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
+        annotation = field.annotation
+        inner = get_args(annotation)[0] if get_origin(annotation) is list else annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
@@ -108,7 +115,14 @@ def test_every_key_is_described_under_its_section() -> None:
     assert "  resources.train.labels: table of str (default {})\n" in text
     for key in keys(PipelineConfig):
         assert re.search(rf"^  {re.escape(key)}: .+\n      \S.+$", text, re.MULTILINE), key
-    assert {"[corpus]", "[serve]", "[serve.canary]", "[resources.train]"} <= set(text.splitlines())
+    assert {
+        "[corpus]",
+        "[[corpus.source]]",
+        "[corpus.filter]",
+        "[serve]",
+        "[serve.canary]",
+        "[resources.train]",
+    } <= set(text.splitlines())
 
 
 def test_the_json_schema_describes_every_section_and_key() -> None:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import ray
 
 CONFIG = """
 storage = "store"
@@ -27,12 +26,6 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "config.toml").write_text(CONFIG)
     (tmp_path / "corpus.txt").write_text("A crow met a fox.\n" * 100)
     return tmp_path
-
-
-@pytest.fixture
-def shared_ray(ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let commands join the session's Ray, which is faster than starting their own."""
-    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
 def fail(directory: Path, *command: str) -> str:
@@ -71,25 +64,22 @@ def test_a_missing_configuration_is_named(directory: Path) -> None:
     assert line == "error: nothing.toml: cannot read the configuration: No such file or directory"
 
 
-@pytest.mark.usefixtures("shared_ray")
 def test_an_empty_corpus_is_named(directory: Path) -> None:
     (directory / "corpus.txt").write_text("")
     assert re.search(r"no document to train on in .*corpus.txt", prepare(directory, "corpus.heldout=hash"))
 
 
-@pytest.mark.usefixtures("shared_ray")
 def test_text_that_is_not_utf8_is_named_with_its_place(directory: Path) -> None:
     (directory / "corpus.txt").write_bytes(b"A crow\n" * 10 + b"\xff\n" + b"A fox\n" * 10)
     assert "corpus.txt: not valid UTF-8 at byte 70" in prepare(directory, "corpus.on_bad=fail")
 
 
-@pytest.mark.usefixtures("shared_ray")
 def test_a_truncated_file_is_named(directory: Path) -> None:
-    data = gzip.compress(os.urandom(20_000).hex().encode())
-    (directory / "corpus.txt.gz").write_bytes(data[: len(data) // 2])
-    assert "corpus.txt.gz: cannot be read" in prepare(
-        directory, "corpus.sources=['corpus.txt.gz']", "corpus.heldout=hash"
-    )
+    lines = "".join(f'{{"text": "{os.urandom(20).hex()}"}}\n' for _ in range(500))
+    data = gzip.compress(lines.encode())
+    (directory / "corpus.jsonl.gz").write_bytes(data[: len(data) // 2])
+    sources = ("corpus.sources=['corpus.jsonl.gz']", "corpus.heldout=hash")
+    assert "corpus.jsonl.gz: cannot be read to its end" in prepare(directory, *sources, "corpus.on_bad=fail")
 
 
 def test_an_endpoint_out_of_reach_is_refused(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

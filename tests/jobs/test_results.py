@@ -12,7 +12,9 @@ from jobs.results import PrepareResult
 
 RESULT: PrepareResult = {
     **{"stage": "prepare", "key": "k", "dataset": "/d", "digest": "d", "heldout_digest": "h"},
+    **{"heldout_by": "hash", "reasons": {}, "dropped_bytes": {}, "passed_over": {}},
     **{"documents": 1, "bytes": 2, "tokens": 3, "dropped": 0, "vocabulary": 257, "shards": 1, "seconds": 0.5},
+    **{"heldout_by": "hash", "reasons": {}, "dropped_bytes": {}, "passed_over": {}},
 }  # type: ignore[typeddict-item]
 
 
@@ -48,7 +50,7 @@ def test_each_result_is_described_by_its_own_keys(stage: str) -> None:
         "evaluate": ({"bits_per_byte": 1.25}, "1.250 bits per byte"),
         "promote": (
             {"model": "m", "version": "2", "promoted": False, "reason": "worse"},
-            "m version 2 is @challenger: worse",
+            "m version 2 is not @champion: worse",
         ),
         "serve": ({"version": "2", "endpoint": "http://h:1"}, "version 2 at http://h:1"),
     }

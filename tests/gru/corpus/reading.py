@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 
 from gru.config import CorpusConfig
-from gru.corpus import sources
 from gru.corpus.documents import documents
+from gru.corpus.listing import list_files
+from gru.corpus.partitions import Span, plan
 from gru.corpus.report import Report
 
 AWKWARD = "one\r\ntwo\u2028still two\x0cand\n\n\n😀 emoji\n黃河入海流\r\n\u2029x\ry\n\x00NUL\x00\nno end of line"
@@ -36,8 +37,8 @@ def write(path: Path, data: bytes) -> str:
     return str(path)
 
 
-def spans(corpus: CorpusConfig) -> list[sources.Span]:
-    return [span for partition in sources.plan(sources.list_files(corpus), corpus) for span in partition]
+def spans(corpus: CorpusConfig) -> list[Span]:
+    return [span for partition in plan(list_files(corpus).files, corpus) for span in partition]
 
 
 def read(*paths: str, **settings: Any) -> tuple[list[str], Report]:
@@ -49,5 +50,10 @@ def read(*paths: str, **settings: Any) -> tuple[list[str], Report]:
 def texts(*paths: str, **settings: Any) -> list[str]:
     """Return the documents of the sources; none may be left out."""
     found, report = read(*paths, **settings)
-    assert not report.dropped, report.examples
+    assert not report.dropped, examples(report)
     return found
+
+
+def examples(report: Report) -> list[str]:
+    """Return the examples of all problems, by the reason that came first."""
+    return [example for found in report.examples.values() for example in found]

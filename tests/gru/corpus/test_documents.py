@@ -1,6 +1,8 @@
 import gzip
 import hashlib
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +13,7 @@ from gru.config import CorpusConfig
 from gru.corpus.documents import documents
 from gru.corpus.report import Report
 from gru.errors import UserError
-from tests.gru.corpus.reading import AWKWARD, PACKERS, read, spans, texts, write
+from tests.gru.corpus.reading import AWKWARD, PACKERS, examples, read, spans, texts, write
 
 
 def test_the_digests_are_of_the_bytes_that_were_read(tmp_path: Path) -> None:
@@ -37,11 +39,11 @@ def test_text_that_is_not_utf8_is_dropped_replaced_or_refused_with_its_place(tmp
 
     whole, report = read(path)
     assert not whole and report.dropped == {"invalid_utf8": 1}
-    assert report.examples == ["a.txt: not valid UTF-8 at byte 120"]
+    assert examples(report) == ["a.txt: not valid UTF-8 at byte 120"]
     for size in (7, 100):  # cut, only the line goes
         cut, report = read(path, partition_bytes=size)
         assert "".join(cut) == good[:60] + good[62:] and report.dropped == {"invalid_utf8": 1}
-        assert report.examples == ["a.txt: not valid UTF-8 at byte 120"]
+        assert examples(report) == ["a.txt: not valid UTF-8 at byte 120"]
     unpacked, report = read(packed)
     assert unpacked == [good[:60] + good[62:]] and report.dropped == {"invalid_utf8": 1}
 
@@ -49,7 +51,7 @@ def test_text_that_is_not_utf8_is_dropped_replaced_or_refused_with_its_place(tmp
         found, report = read(path, on_bad="replace", partition_bytes=size)
         assert "".join(found) == good[:60] + "\ufffd" + good[60:]
         assert (report.replaced, report.dropped) == (1, {})
-        assert report.examples == ["a.txt: not valid UTF-8 at byte 120"]
+        assert examples(report) == ["a.txt: not valid UTF-8 at byte 120"]
         with pytest.raises(UserError, match=r"a.txt: not valid UTF-8 at byte 120$"):
             read(path, on_bad="fail", partition_bytes=size)
     with pytest.raises(UserError, match=r"b.txt.gz: not valid UTF-8 at byte 120 of the unpacked text"):
@@ -87,7 +89,7 @@ def test_records_that_are_not_utf8_are_dropped_replaced_or_refused_with_their_pl
     expected = ["ok", "fine"] if name != "a.csv" else ["ok", "and so on", "fine"]
     found, report = read(path)
     assert (found, report.dropped) == (expected, {"invalid_utf8": 1})
-    assert place in report.examples[0] and report.examples[0].startswith(f"{name}: ")
+    assert place in examples(report)[0] and examples(report)[0].startswith(f"{name}: ")
     found, report = read(path, on_bad="replace")
     assert (found, report.replaced, report.dropped) == ([*expected[:-1], "\ufffdx", "fine"], 1, {})
     with pytest.raises(UserError, match=f"{name}: .*{place}"):
@@ -99,9 +101,8 @@ def test_records_that_are_not_utf8_are_dropped_replaced_or_refused_with_their_pl
     [
         ("{'text': 1}", "the line at byte 14 is not valid JSON"),
         ("[1]", "the line at byte 14 is not a JSON object"),
-        ('{"text": {}}', "field 'text' is dict, not a string"),
-        ('{"text": [1]}', "field 'text' is list, not a string"),
-        (r'{"text": "\ud83d"}', "surrogate in string"),
+        ('{"text": {}}', "has a field 'text' that is an object, not text"),
+        ('{"text": [{}]}', "has a field 'text' that is a list with an item that is an object, not text"),
         ('{"text": "cut o', "not valid JSON"),
     ],
 )
@@ -149,3 +150,71 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None
         path.unlink()
         with pytest.raises(UserError, match=f"{name}: cannot be read: No such file"):
             list(documents(found[0], corpus, Report()))
+
+
+PAGE = """<!DOCTYPE html><html><head><title>T</title>{head}</head><body>
+<nav><a href="/">Home</a> <a href="/b">Blog</a></nav>
+<article><h1>The river</h1><p>{text} The river runs to the sea, and nobody has asked it why it does so.</p>
+<p>A second paragraph, long enough to be taken for the text of the page and not for a menu.</p></article>
+<footer>Imprint</footer></body></html>"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "head"),
+    [
+        ("utf-8", ""),
+        ("utf-8-sig", '<meta charset="latin-1">'),
+        ("utf-16", ""),
+        ("gb18030", '<meta http-equiv="Content-Type" content="text/html; charset=gb2312">'),
+        ("windows-1251", "<META CHARSET=windows-1251>"),
+    ],
+)
+def test_the_main_text_of_a_web_page_is_a_document(tmp_path: Path, encoding: str, head: str) -> None:
+    text = "Вода" if encoding == "windows-1251" else "黃河入海流"
+    page = PAGE.format(head=head, text=text).encode(encoding)
+    for name, data in (("a.html", page), ("b.htm.gz", gzip.compress(page))):
+        [found] = texts(write(tmp_path / name, data), partition_bytes=50)
+        assert text in found and "second paragraph" in found
+        assert "Home" not in found and "<p>" not in found
+    named = PAGE.format(head="", text=text).encode(encoding)
+    assert text in texts(write(tmp_path / "c.htm", named), encoding=encoding)[0]
+
+
+def test_a_web_page_without_text_is_empty(tmp_path: Path) -> None:
+    for number, page in enumerate((b"", b"<html></html>", b"\x00\xff\xfe", b"<script>1</script>", b"<" * 5000)):
+        found, report = read(write(tmp_path / f"{number}.html", page))
+        assert not found and report.dropped.total() == 1 and set(report.dropped) <= {"empty", "unreadable"}
+
+
+def test_columns_of_the_path_are_fields_of_each_record(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b"], "year": [1, 2]}), tmp_path / "a.parquet")
+    write(tmp_path / "b.jsonl", b'{"text": "c"}\n{"text": "d", "lang": "of the record"}\n')
+    template = "{lang} {year} {text}"
+    corpus = CorpusConfig(sources=[str(tmp_path)], template=template)
+    found = [
+        text
+        for span in spans(corpus)
+        for text in documents(
+            replace(span, file=replace(span.file, columns=(("lang", "zh"), ("year", "2020")))), corpus, Report()
+        )
+    ]
+    assert found == ["zh 1 a", "zh 2 b", "zh 2020 c", "of the record 2020 d"]
+    only = CorpusConfig(sources=[str(tmp_path / "a.parquet")], template="{lang}")
+    [span] = spans(only)
+    span = replace(span, file=replace(span.file, columns=(("lang", "zh"),)))
+    assert list(documents(span, only, Report())) == ["zh", "zh"]
+
+
+def test_any_bytes_under_any_name_are_text_or_counted(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    names = ["a.txt", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "a.zip", "a.tar", "a.txt.gz", "a.tar.xz", "a.csv.zst"]
+    for trial in range(20):
+        data = rng.choice([b"", b"PAR1", b"\x1f\x8b\x08", b"PK\x03\x04", b"\xff\xfe", b"[{"]) + rng.randbytes(300)
+        for name in names:
+            for size in (10**6, 60):
+                path = write(tmp_path / str(trial) / name, data)
+                corpus, report = CorpusConfig(sources=[path], partition_bytes=size), Report()
+                found = spans(corpus)
+                for span in found:
+                    assert all(isinstance(text, str) for text in documents(span, corpus, report))
+                assert len(report.digests) == len(found)

@@ -7,7 +7,10 @@ import pytest
 
 from gru import storage
 from gru.config import CorpusConfig, TokenizerConfig
-from gru.corpus import shards, sources, tokenizer
+from gru.corpus import shards, tokenizer
+from gru.corpus.listing import list_files
+from gru.corpus.partitions import plan
+from gru.corpus.rewrite import rewrite
 from gru.corpus.shards import PartitionResult, ShardContext
 from gru.errors import UserError
 from tests.gru.corpus.reading import write
@@ -22,7 +25,7 @@ def context(corpus: CorpusConfig, directory: Path, parallel: bool = False) -> Sh
 def make(texts: list[str], directory: Path, **settings: object) -> tuple[ShardContext, PartitionResult]:
     path = write(directory.parent / "a.txt", "|".join(texts).encode())
     corpus = CorpusConfig(sources=[path], separator="|", **{"segment_tokens": 100, "heldout_share": 0.3, **settings})
-    [partition] = sources.plan(sources.list_files(corpus), corpus)
+    [partition] = plan(list_files(corpus).files, corpus)
     shared = context(corpus, directory)
     return shared, shards.draft(shared, 7, partition)
 
@@ -70,14 +73,14 @@ def test_a_shard_rewritten_without_repeats_equals_one_that_never_had_them(tmp_pa
         documents = random_texts(120, trial)
         repeated = np.array([rng.random() < 0.3 for _ in documents])
         shared, part = make(documents, tmp_path / f"{trial}" / "d")
-        result = shards.rewrite_without(shared, 7, part, repeated)
+        result = rewrite(shared, 7, part, {"duplicate": repeated})
         unique = [text for text, removed in zip(documents, repeated, strict=True) if not removed]
         other, expected = make(unique, tmp_path / f"{trial}" / "e")
         assert (result.shards, result.heldout) == (expected.shards, expected.heldout)
         for shard in result.shards:
             path = tmp_path / f"{trial}" / "d" / shard.name
             assert path.read_bytes() == Path(other.work_file(shard.name)).read_bytes()
-    nothing = shards.rewrite_without(shared, 7, part, np.ones(120, dtype=bool))
+    nothing = rewrite(shared, 7, part, {"duplicate": np.ones(120, dtype=bool)})
     assert nothing.shards == [] and int(nothing.heldout, 16) == 0
 
 
@@ -85,7 +88,7 @@ def test_a_draft_that_fails_leaves_no_file(tmp_path: Path) -> None:
     documents = random_texts(5000, 0)
     path = write(tmp_path / "a.txt", "|".join(documents).encode() + b"|\xff")
     corpus = CorpusConfig(sources=[path], separator="|", segment_tokens=100, on_bad="fail")
-    [partition] = sources.plan(sources.list_files(corpus), corpus)
+    [partition] = plan(list_files(corpus).files, corpus)
     with pytest.raises(UserError, match=r"a.txt: not valid UTF-8"):
         shards.draft(context(corpus, tmp_path / "d"), 0, partition)
     assert [p.name for p in (tmp_path / "d").rglob("*") if p.is_file()] == ["tokenizer.json"]

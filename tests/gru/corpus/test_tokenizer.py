@@ -29,7 +29,7 @@ AWKWARD = [
 ]
 
 
-@pytest.fixture(scope="module", params=["bpe", "char", "byte"])
+@pytest.fixture(scope="module", params=["bpe", "char", "byte", "word"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     return train_tokenizer(TokenizerConfig(kind=request.param, vocab_size=400), TEXTS)
 
@@ -72,7 +72,7 @@ def test_a_saved_tokenizer_loads_and_training_is_deterministic(tokenizer: Tokeni
     loaded = load(str(path))
     assert (loaded.digest, loaded.vocab_size) == (tokenizer.digest, tokenizer.vocab_size)
     assert loaded.token_bytes[loaded.end_of_text] == b""
-    kinds = {"table": ["char", "byte"], "gigatoken": ["bpe"]}[tokenizer.backend]
+    kinds = {"table": ["char", "byte"], "gigatoken": ["bpe"], "words": ["word"]}[tokenizer.backend]
     again = [train_tokenizer(TokenizerConfig(kind=kind, vocab_size=400), TEXTS[::-1]).digest for kind in kinds]
     assert tokenizer.digest in again
 
@@ -87,6 +87,34 @@ def test_the_vocabulary_has_the_configured_size() -> None:
     assert char.encode("c").tolist() == [3 + ord("c")]
     assert train_tokenizer(TokenizerConfig(kind="byte"), TEXTS).vocab_size == 257
     assert train_tokenizer(TokenizerConfig(kind="bpe"), []).vocab_size == 257
+
+
+WIKITEXT = " \n = Robert <unk> = \n \n Robert <unk> is an English film , and Robert @-@ an <unk> . \n"
+
+
+def test_kind_word_has_words_with_the_space_before_them_and_line_ends() -> None:
+    """One token a word and one a line end, as word-level models of PTB and WikiText count; `<unk>` is a word."""
+    word = train_tokenizer(TokenizerConfig(kind="word", vocab_size=400), [WIKITEXT])
+    pieces = [word.decode([i]) for i in word.encode(WIKITEXT)]
+    assert "".join(pieces) == WIKITEXT
+    assert len(pieces) == len(WIKITEXT.split()) + WIKITEXT.count("\n")
+    assert pieces[:6] == [" \n", " =", " Robert", " <unk>", " =", " \n"]
+    assert word.vocab_size == len(set(pieces)) + 257
+    small = train_tokenizer(TokenizerConfig(kind="word", vocab_size=259), [WIKITEXT])
+    assert [small.decode([i]) for i in range(2)] == [" \n", " <unk>"]  # the most frequent; ties by their text
+    assert [small.decode([i]) for i in small.encode(" <unk>  黃\n")] == [" <unk>", " ", " ", *"\ufffd" * 3, "\n"]
+
+
+def test_kind_word_encodes_long_texts_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [WIKITEXT * 9, "a\n\n \r\nb" * 50, "no-space" * 50, "  ", *AWKWARD, *random_texts(100)]
+    word = train_tokenizer(TokenizerConfig(kind="word", vocab_size=300), texts)
+    whole = word.encode_batch(texts)
+    for size in (1, 2, 7, 50):
+        monkeypatch.setattr("gru.corpus.token_encoders._STRETCH", size)
+        again = train_tokenizer(TokenizerConfig(kind="word", vocab_size=300), texts)
+        assert again.digest == word.digest
+        for part, same in zip(word.encode_batch(texts), whole, strict=True):
+            assert np.array_equal(part, same)
 
 
 def test_halves_of_a_character_decode_to_replacements() -> None:
@@ -154,7 +182,7 @@ def test_an_unsupported_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None
 
 
 def test_encoding_takes_no_more_memory_the_more_it_has_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gru.corpus.tokenizer._RECREATE_TOKENS", 500_000)
+    monkeypatch.setattr("gru.corpus.token_encoders._RECREATE_TOKENS", 500_000)
     bpe = train_tokenizer(TokenizerConfig(kind="bpe", vocab_size=300), ["黃河入海流"])
     assert bpe.backend == "gigatoken"
     chance = np.random.default_rng(0)
