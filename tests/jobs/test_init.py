@@ -1,0 +1,246 @@
+"""`gru init`: the configuration that is proposed for texts of different kinds, as a user would have them."""
+
+import gzip
+import json
+import random
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gru.config import PipelineConfig, load
+from gru.corpus.preview import look as look_at
+from gru.errors import UserError
+from jobs import entry, init
+from pipelines import cli
+
+WORDS = ["a", "crow", "met", "the", "fox", "under", "an", "old", "oak", "and", "said", "good", "day", "hills"]
+VERSE = "白日依山盡黃河入海流欲窮千里目更上一層樓春眠不覺曉處處聞啼鳥夜來風雨聲花落知多少"
+RANDOM = random.Random(0)
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(init, "measure_speed", lambda *arguments: 20_000.0)
+    monkeypatch.setattr(init, "has_gpu", lambda: False)
+    return tmp_path
+
+
+def sentence(words: int = 12) -> str:
+    return " ".join(RANDOM.choices(WORDS, k=words)).capitalize() + "."
+
+
+def verse() -> str:
+    return "".join(RANDOM.choices(VERSE, k=5)) + "," + "".join(RANDOM.choices(VERSE, k=5)) + "。"
+
+
+def write(path: str, content: str | bytes) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def json_lines(records: list[Any]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def proposed(*paths: str, **settings: Any) -> tuple[PipelineConfig, dict[str, Any]]:
+    """The proposed configuration, which is loaded and has documents, and its table."""
+    text = init.init([*paths], settings.pop("minutes", 30), **settings).toml
+    Path("my.toml").write_text(text)
+    look_at(entry.load_config("my.toml", []).corpus, entry.load_config("my.toml", []).tokenizer, 2).require_documents()
+    assert all(
+        "  # " in line or line.startswith(("#", "[", "sources", "path")) or not line for line in text.splitlines()
+    )
+    return load("my.toml"), tomllib.loads(text)
+
+
+def test_a_novel() -> None:
+    write("My novel (1869).txt", "\n".join(sentence() for _ in range(5000)))
+    config, table = proposed("My novel (1869).txt")
+    assert config.name == "My-novel-1869"
+    assert table["corpus"] == {"sources": ["My novel (1869).txt"], "heldout": "tail", "heldout_share": 0.1}
+    assert table["tokenizer"] == {"kind": "char"}
+    assert config.model.dropout > 0.1
+
+
+def test_a_directory_of_markdown() -> None:
+    for number in range(60):
+        write(f"notes/{number % 7}/{number}.md", f"# Note {number}\n\n" + "\n".join(sentence() for _ in range(800)))
+    write("notes/a.png", b"\x89PNG\0")
+    config, table = proposed("notes/")
+    assert table["corpus"] == {"sources": ["notes/"], "heldout_share": pytest.approx(0.1, abs=0.03)}
+    assert table["tokenizer"] == {"kind": "bpe", "vocab_size": 1024}
+    assert config.name == "notes"
+
+
+def test_chats_in_json_lines() -> None:
+    chats = [
+        {
+            "id": number,
+            "messages": [{"role": "user", "content": sentence()}, {"role": "assistant", "content": sentence()}],
+        }
+        for number in range(300)
+    ]
+    write("chats.jsonl", json_lines(chats))
+    config, table = proposed("chats.jsonl")
+    assert table["corpus"]["template"] == "{messages}"
+    assert "heldout" not in table["corpus"]
+    assert config.evaluate.prompt == "user:\nHello!\n\nassistant:\n"
+
+
+def test_csv_with_semicolons() -> None:
+    rows = "".join(f'{number};"{sentence(4)}";"{sentence()}\n{sentence()}"\n' for number in range(400))
+    write("reviews.csv", "id;headline;review\n" + rows)
+    table = proposed("reviews.csv")[1]
+    assert table["corpus"]["template"] == "{headline}\n{review}"
+    assert table["corpus"]["delimiter"] == ";"
+    assert table["evaluate"]["prompt"].endswith(".\n")
+
+
+def test_chinese_verse_in_json() -> None:
+    poems = [{"title": verse()[:4], "author": "王之渙", "paragraphs": [verse(), verse()]} for _ in range(2000)]
+    write("詩/tang.json", json.dumps(poems, ensure_ascii=False))
+    config, table = proposed("詩")
+    assert table["corpus"]["template"] == "{title}\n{author}\n{paragraphs}"
+    assert table["tokenizer"] == {"kind": "char", "vocab_size": 1024}
+    assert config.name == "text"
+    assert proposed("詩", name="verse")[0].name == "verse"
+
+
+def test_source_code() -> None:
+    write("project/README.md", "# A project")
+    for number in range(80):
+        write(f"project/src/m{number}.py", f"def f{number}():\n    return {sentence()!r}\n" * 500)
+    write("project/build.lock", "x" * 9_000_000)
+    write("project/.git/objects.txt", "hidden\n" * 10)
+    table = proposed("project")[1]
+    assert table["corpus"]["include"] == ["*.py"]
+    assert "format" not in table["corpus"]
+
+
+def test_a_separator_that_source_code_mentions_does_not_stand_between_documents() -> None:
+    for number in range(9):
+        mark = 'END = "<|endoftext|>"\n' if number == 3 else ""
+        write(f"project/m{number}.py", f"{mark}def f{number}():\n    return {sentence()!r}\n" * 20)
+    assert "separator" not in proposed("project")[1]["corpus"]
+
+
+def test_the_text_of_the_quickstart_gets_nearly_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "measure_speed", lambda *arguments: 16_500.0)
+    config = proposed("python-stdlib", minutes=2.77)[0]
+    preset = load(Path(cli.__file__).with_name("configs") / "quickstart.toml")
+    assert config.tokenizer == preset.tokenizer
+    assert config.model == preset.model
+    assert config.corpus.heldout_share == pytest.approx(preset.corpus.heldout_share, abs=0.01)
+    assert config.train.steps == pytest.approx(preset.train.steps, rel=0.05)
+
+
+def test_the_storage_is_not_read() -> None:
+    write("a.txt", "\n".join(sentence() for _ in range(300)))
+    write("store/datasets/d.jsonl", json_lines([{"text": sentence()}] * 9))
+    assert list(init.init(["."], 1).preview.sources[0].files) == ["text"]
+
+
+def test_extensions_that_do_not_tell() -> None:
+    write("logs/a.log", "\n".join(sentence() for _ in range(300)))
+    write("logs/a.bin", b"\0" * 100)
+    write("export", json_lines([{"content": sentence()} for _ in range(300)]))
+    corpus = proposed("logs")[1]["corpus"]
+    assert (corpus["include"], corpus["format"]) == (["*.log"], "text")
+    corpus = proposed("export")[1]["corpus"]
+    assert (corpus["format"], corpus["template"]) == ("jsonl", "{content}")
+
+
+def test_columns_of_parquet_and_paths_that_are_read_differently(directory: Path) -> None:
+    pq.write_table(pa.table({"id": [*range(200)], "plot": [sentence(40) for _ in range(200)]}), "films.parquet")
+    write("a.jsonl.gz", gzip.compress(json_lines([{"text": sentence()} for _ in range(300)]).encode()))
+    assert proposed("films.parquet")[1]["corpus"]["template"] == "{plot}"
+    config, table = proposed(str(directory / "films.parquet"), "a.jsonl.gz")
+    assert "sources" not in table["corpus"]
+    assert [(source["path"], source.get("template")) for source in table["corpus"]["source"]] == [
+        (str(directory / "films.parquet"), "{plot}"),
+        ("a.jsonl.gz", None),
+    ]
+    assert config.name == "films"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("cp1252", "Der Fuchs saß über der Höhle – „schön“.\n"),
+        ("gb18030", "白日依山盡,黃河入海流。\n"),
+        ("utf-16", "Crow\n"),
+    ],
+)
+def test_other_encodings(encoding: str, text: str) -> None:
+    write("a.txt", (text * 4000).encode(encoding))
+    config = proposed("a.txt")[0]
+    assert config.corpus.encoding == (encoding if encoding != "utf-16" else "utf-8")
+
+
+def test_documents_of_a_file_with_separators() -> None:
+    write("stories.txt", "<|endoftext|>".join(sentence(60) for _ in range(500)))
+    corpus = proposed("stories.txt")[1]["corpus"]
+    assert corpus["separator"] == "<|endoftext|>"
+    assert "heldout" not in corpus
+
+
+def test_what_a_terminal_would_obey_is_not_printed() -> None:
+    write("a.jsonl", json_lines([{"text": f"\x1b[2J\x7f\u202e{sentence()}\r\nB"} for _ in range(99)]))
+    text = init.init(["a.jsonl"], 1).toml
+    assert not {"\x1b", "\x7f", "\u202e", "\r"} & {*text}
+    assert load_text(text)
+
+
+def load_text(text: str) -> PipelineConfig:
+    return PipelineConfig.model_validate(tomllib.loads(text))
+
+
+@pytest.fixture
+def mistakes() -> Iterator[None]:
+    Path("empty").mkdir()
+    write("images/a.png", b"\x89PNG\0")
+    write("numbers.jsonl", json_lines([{"id": 1}, {"id": 2}]))
+    write("blank.txt", "")
+    write("a.bin", b"\0\1\2")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("absent.txt", "^no such file: .*absent.txt"),
+        ("empty", "^nothing to read in .*empty"),
+        ("images", "^nothing to read in .*images"),
+        ("numbers.jsonl", "numbers.jsonl: no field of its records has text; its fields: id"),
+        ("blank.txt", "^no document to train on in .*blank.txt"),
+        ("a.bin", "a.bin: neither text"),
+    ],
+)
+def test_mistakes_are_one_line(path: str, message: str, mistakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init, "has_gpu", None)  # would take seconds
+    with pytest.raises(UserError, match=message) as raised:
+        init.init([path], 30)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_name_is_a_mistake() -> None:
+    write("a.txt", sentence())
+    with pytest.raises(UserError, match="--name 'a b': must be letters"):
+        init.init(["a.txt"], 30, "a b")
+
+
+def test_the_command_prints_the_config_on_stdout_and_a_report_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    write("a.txt", "\n".join(sentence() for _ in range(50)))
+    parsed = cli.build_parser().parse_args(["init", "a.txt", "--minutes", "2.5", "--name", "crow"])
+    parsed.command(parsed)
+    out, err = capsys.readouterr()
+    assert load_text(out).name == "crow"
+    assert "#     | " in out
+    assert "a.txt: 1 file (1 text)" in err and "training: about" in err
+    assert "note: there are only about" in err
