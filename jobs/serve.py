@@ -28,7 +28,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> ServeResult:
         context.progress(f"waiting: {cluster.describe_shortage('serve', resources)}")
     else:
         context.progress("starting the endpoint")
-    deployment.deploy(config.serve, resources, config.model_name, tracking_uri)
+    deployment.deploy(config.serve, resources, config.model_name, tracking_uri, config.storage)
     deployment.wait_ready(stage.path, stage.version, timeout=120)
     return stage.require()
 
@@ -42,7 +42,7 @@ def application(arguments: dict[str, str]) -> "Application":
 
     config = entry.load_config(arguments["config"], [])
     resources = config.resources.serve
-    return deployment.application(config.serve, resources, config.model_name, entry.require_tracking())
+    return deployment.application(config.serve, resources, config.model_name, entry.require_tracking(), config.storage)
 
 
 if __name__ == "__main__":

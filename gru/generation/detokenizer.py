@@ -8,21 +8,24 @@ class Detokenizer:
     """Turns one stream's tokens into text that later tokens cannot change.
 
     An incomplete character is held back, and so is text that may be the beginning of a stop string. The text ends
-    before the stop string that is complete first; from then on `stopped` is true. `decoded` counts the characters that
-    the tokens have completed, `released` those that were returned.
+    before the stop string that is complete first; from then on `stopped` is true. In the text of the first `min_tokens`
+    tokens no stop string is looked for. `decoded` counts the characters that the tokens have completed, `released`
+    those that were returned.
     """
 
-    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = ()) -> None:
+    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         assert all(stops), "an empty stop string would end every text at once"
         self.stopped = False
         self.decoded = self.released = 0
         self._token_bytes = token_bytes
         self._stops = stops
+        self._min_tokens, self._tokens = min_tokens, 0
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
     def feed(self, token: int) -> str:
         """Return the text that this token completes, which may be empty."""
+        self._tokens += 1
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
     def finish(self) -> str:
@@ -37,11 +40,12 @@ class Detokenizer:
             return ""
         self.decoded += len(new)
         text = self._held + new
-        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        stops = self._stops if self._tokens > self._min_tokens else ()
+        matches = [(start + len(stop), start) for stop in stops if (start := text.find(stop)) >= 0]
         if matches:
             self.stopped, end = True, min(matches)[1]
         else:
-            end = len(text) - max((overlap(text, stop) for stop in self._stops), default=0)
+            end = len(text) - max((overlap(text, stop) for stop in stops), default=0)
         self._held = "" if self.stopped else text[end:]
         self.released += end
         return text[:end]

@@ -8,7 +8,7 @@ prefill).
 A token depends on (weights, prompt, seed, position) and on nothing else, bit for bit: a prompt is read alone and
 always in the same chunks, sampling looks at one row, and steps are computed only at widths (numbers of rows, some of
 them unused) at which each row has the same bits as at the full width. Those widths are measured when an engine is
-created. A session is the exception: it resumes from its own state.
+created. A session resumes from its own state, and its texts are as if they had been one.
 T time, L layers, S rows (slots), H state, V vocabulary.
 """
 
@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gru.generation.request import Finish, Request, TokenStream
-from gru.generation.sampling import Draw, History, logprobs, sample
-from gru.generation.state_cache import StateCache, prefix_keys
+from gru.generation.sampling import History, logprobs, sample
+from gru.generation.state_cache import CachedState, StateCache, prefix_keys, turn_key
 from gru.generation.widths import reproducible_widths
 from gru.model.inference import NativeModel
 from gru.model.language_model import GRULanguageModel
@@ -49,6 +49,10 @@ class Closed(RuntimeError):
 
 class Expired(RuntimeError):
     """The request's deadline passed before the request had finished."""
+
+
+class StateNotCached(LookupError):
+    """The state that the request resumes from is no longer cached."""
 
 
 class Notification(NamedTuple):
@@ -117,7 +121,8 @@ class Engine:
 
     def submit(self, request: Request) -> TokenStream:
         """Queue the request. Raises Overloaded, or Closed."""
-        assert request.max_tokens > 0 or request.session is None
+        assert request.max_tokens > 0 or (request.session is None and request.turn is None)
+        assert request.session is None or request.turn is None
         with self._condition:
             if self._closing:
                 raise Closed("the engine is closed")
@@ -144,6 +149,10 @@ class Engine:
     def forget_sessions(self) -> None:
         """Let later requests resume from no session state saved so far: sessions may have continued elsewhere."""
         self._session_epoch += 1
+
+    def turn_state(self, owner: str, name: str) -> CachedState | None:
+        """Return the state after a turn of the owner's conversation, or None if it is not cached."""
+        return self.cache.peek(turn_key(owner, f"{self._session_epoch} {name}"))
 
     def close(self, drain: bool = True) -> None:
         """Take no more requests and end when all have finished; without `drain`, end them now with Closed.
@@ -201,7 +210,7 @@ class Engine:
                 admitted.append(self._queue.popleft())
                 self._reading.append(admitted[-1])
         for stream in admitted:
-            self._begin(stream)
+            notifications += self._begin(stream)
         for start in range(0, len(self._rows), self._widths[-1]):
             notifications += self._step(start, self._rows[start : start + self._widths[-1]])
         self.steps += bool(self._rows)
@@ -222,25 +231,34 @@ class Engine:
         error = "the request exceeded its time limit"
         return [Notification(stream, Expired(error)) for stream in late]
 
-    def _begin(self, stream: TokenStream) -> None:
-        """Set what the stream reads, and the state from which it starts: a cached one, or an empty one."""
-        request = stream.request
-        stream.inputs = [self._end_of_text, *request.prompt]  # in training a document follows the end of another one
-        if self.cache.max_bytes and request.session is None and not request.score_prompt:
+    def _begin(self, stream: TokenStream) -> list[Notification]:
+        """Set what the stream reads, and the state from which it starts: a cached one, or an empty one. End a stream
+        whose state is required and not cached."""
+        request, resume_key = stream.request, stream.resume_key
+        resumed = None if resume_key is None else self.cache.get(resume_key)
+        # In training a document follows the end of another one, with which a prompt of token ids may begin.
+        begins = not resumed and request.prompt[:1] == [self._end_of_text]
+        stream.inputs = [*request.prompt] if begins else [self._end_of_text, *request.prompt]
+        if self.cache.max_bytes and resume_key is None and not request.score_prompt:
             stream.prefix_keys = prefix_keys(request.owner, stream.inputs, CHUNK)
-        if request.params.has_penalties:
-            stream.history = History(request.prompt, self._model.vocab_size)
-        cached = None
+        cached = resumed
         keys = stream.prefix_keys
-        if request.session is not None:
-            if cached := self.cache.get(stream.session_key):
-                assert cached.unread_token is not None
-                stream.resumed = cached.tokens
-                stream.inputs[0] = cached.unread_token
+        if resumed:
+            assert resumed.unread_token is not None
+            stream.resumed, stream.position = resumed.tokens, resumed.position
+            stream.inputs[0] = resumed.unread_token
+            if request.turn and request.prompt and resumed.unread_token == self._end_of_text:
+                del stream.inputs[0]
         elif longest := next((n for n in range(len(keys), 0, -1) if keys[n - 1] in self.cache), 0):
             cached = self.cache.get(keys[longest - 1])
             stream.read = stream.cached = longest * CHUNK
         stream.state_L1H = cached.state_L1H if cached else self._model.initial_state(1)
+        if request.params.has_penalties or stream.save_key is not None:  # the next request may have penalties
+            stream.history = History(request.prompt, self._model.vocab_size, cached.history if cached else None)
+        if request.turn and request.turn.previous is not None and cached is None:
+            stream.over = True
+            return [Notification(stream, StateNotCached("the state of the previous turn is no longer cached"))]
+        return []
 
     def _step(self, start: int, streams: list[TokenStream]) -> list[Notification]:
         """Generate one token for each of these streams, whose rows begin at `start`."""
@@ -276,7 +294,7 @@ class Engine:
             elif stream.request.max_tokens:
                 notifications += self._accept([stream], to_numpy(self._model.logits(x_TSE[-1])))
             else:
-                stream.over = stream.finished = True
+                stream.over, stream.finish = True, "length"
                 notifications.append(Notification(stream, "length"))
         with self._condition:
             self._reading.rotate(-visited)
@@ -293,17 +311,18 @@ class Engine:
         chunks = stream.read // CHUNK
         if stream.prefix_keys and (chunks <= CACHED_CHUNKS or chunks == len(stream.prefix_keys)):
             assert stream.state_L1H is not None
-            self.cache.put(stream.prefix_keys[chunks - 1], stream.state_L1H)
+            self.cache.put(stream.prefix_keys[chunks - 1], CachedState(stream.state_L1H))
 
     def _accept(self, streams: list[TokenStream], logits_SV: NDArray[np.float32]) -> list[Notification]:
         """Sample a token for each stream, record it there, and pass it to the receiver."""
-        tokens = sample(logits_SV, [Draw(each.request.params, each.generated, each.history) for each in streams])
+        tokens = sample(logits_SV, [stream.draw for stream in streams])
         notifications: list[Notification] = []
         for stream, token, logits_V in zip(streams, tokens.tolist(), logits_SV, strict=True):
             if stream.over:
                 continue  # cancelled during the step
             request = stream.request
             stream.generated += 1
+            stream.position += 1
             stream.last_token = token
             self.tokens_generated += 1
             if stream.history:
@@ -325,7 +344,7 @@ class Engine:
             if end is None and stream.generated == request.max_tokens:
                 end = "length"
             if end is not None:  # `over` is never reset to false: the stream may have been cancelled by now
-                stream.over = stream.finished = True
+                stream.over, stream.finish = True, end
             notifications.append(Notification(stream, end))
         return notifications
 
@@ -351,9 +370,12 @@ class Engine:
                 self._reading.append(stream)
 
     def _save_session(self, stream: TokenStream, state_L1H: Tensor) -> None:
-        if stream.request.session is not None and stream.finished:
+        if stream.save_key is not None and stream.finish:
             tokens = stream.resumed + len(stream.request.prompt) + stream.generated
-            self.cache.put(stream.session_key, state_L1H, stream.last_token, tokens)
+            stopped = stream.finish == "stop" and stream.last_token != self._end_of_text
+            history = stream.history.save() if stream.history else None
+            state = CachedState(state_L1H, stream.last_token, tokens, stream.position, history, stopped)
+            self.cache.put(stream.save_key, state)
 
 
 def to_numpy(logits: Tensor) -> NDArray[np.float32]:

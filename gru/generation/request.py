@@ -6,12 +6,12 @@ T time, L layers, H state.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-from gru.generation.sampling import History, Logprobs, SamplingParams
-from gru.generation.state_cache import session_key
+from gru.generation.sampling import Draw, History, Logprobs, SamplingParams
+from gru.generation.state_cache import session_key, turn_key
 
 Finish = Literal["stop", "length"]
 
@@ -36,6 +36,17 @@ class Receiver(Protocol):
         """
 
 
+class Turn(NamedTuple):
+    """A request's place in a conversation. The state after each turn has a name of its own and never changes, so that
+    a conversation may continue from any of its turns, more than once."""
+
+    previous: str | None
+    """Name of the state to resume from, without an end of text that it ends with. If it is no longer cached, the
+    request ends with StateNotCached. None begins a document."""
+    name: str | None
+    """Name under which the state after the request is saved, if it ends without error; None saves none."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Request:
     """A request to continue a document that begins with `prompt`, which may be empty."""
@@ -56,6 +67,8 @@ class Request:
     session: str | None = None
     """Name of a session. The request resumes from the state after the session's last request, if that state is still
     cached, instead of from the beginning of a document. Its own last state is saved if it ends without error."""
+    turn: Turn | None = None
+    """Its place in a conversation; not together with `session`."""
 
     @property
     def token_budget(self) -> int:
@@ -82,11 +95,13 @@ class TokenStream:
     read: int = 0
     """Number of input tokens read or skipped."""
     generated: int = 0
-    """Number of tokens generated, and so the position of the next one."""
+    """Number of tokens generated."""
+    position: int = 0
+    """Number of tokens generated in this and earlier requests of the session, which draws of later ones depend on."""
     over: bool = False
     """Whether it has finished, failed or been cancelled."""
-    finished: bool = False
-    """Whether it has ended without an error or a cancellation."""
+    finish: Finish | None = None
+    """How it has ended; None until then, and after an error or a cancellation."""
 
     inputs: list[int] = field(default_factory=list)
     """Token ids to read: the one before the prompt, and the prompt."""
@@ -97,10 +112,30 @@ class TokenStream:
     last_token: int = 0
     """Newest token: the input of the next step."""
     history: History | None = None
-    """Tokens read and generated, if the sampling has penalties."""
+    """Tokens read and generated, if the sampling has penalties or the last state is saved."""
 
     @property
-    def session_key(self) -> bytes:
-        """The cache key of the session's state."""
-        assert self.request.session is not None
-        return session_key(self.request.owner, f"{self.session_epoch} {self.request.session}")
+    def draw(self) -> Draw:
+        """What determines the next token besides its logits."""
+        return Draw(self.request.params, self.position, self.history, self.position - self.generated)
+
+    @property
+    def cached_prompt_tokens(self) -> int:
+        """Number of prompt tokens that were skipped; the inputs may have an end of text before the prompt."""
+        return max(self.cached - (len(self.inputs) - len(self.request.prompt)), 0) if self.cached else 0
+
+    @property
+    def resume_key(self) -> bytes | None:
+        """The cache key of the state that it resumes from."""
+        turn = self.request.turn
+        return self._key(turn.previous) if turn else self._key(self.request.session)
+
+    @property
+    def save_key(self) -> bytes | None:
+        """The cache key under which its last state is saved."""
+        turn = self.request.turn
+        return self._key(turn.name) if turn else self._key(self.request.session)
+
+    def _key(self, name: str | None) -> bytes | None:
+        key = turn_key if self.request.turn else session_key
+        return None if name is None else key(self.request.owner, f"{self.session_epoch} {name}")

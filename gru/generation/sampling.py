@@ -35,7 +35,8 @@ class SamplingParams:
     First the penalties change the logits. Those of tokens in the prompt or the text are divided by repetition_penalty
     if positive, and multiplied by it if negative (Keskar et al. 2019, arXiv:1909.05858). Each occurrence of a token in
     the text lowers its logit by frequency_penalty; the first one lowers it by presence_penalty, too. Then logit_bias is
-    added to the logits of the tokens it names.
+    added to the logits of the tokens it names, and end_of_text is excluded until the request has generated min_tokens
+    tokens.
 
     The logits are divided by temperature (0 takes the likeliest token). Then min_p keeps the tokens that are at least
     min_p times as probable as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); of these top_k keeps the k
@@ -52,10 +53,14 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    end_of_text: int | None = None
+    """Token that ends a document; required with min_tokens."""
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1
         assert 0 <= self.min_p <= 1 and self.repetition_penalty > 0
+        assert self.min_tokens == 0 or self.end_of_text is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -71,14 +76,36 @@ class SamplingParams:
 class History:
     """For the penalties: which tokens a request has read or generated (`seen_V`), and how often it generated each."""
 
-    def __init__(self, prompt: Iterable[int], vocab_size: int) -> None:
+    def __init__(self, prompt: Iterable[int], vocab_size: int, earlier: "SavedHistory | None" = None) -> None:
+        """`earlier`: the history of the text before the prompt."""
         self.generated_V = np.zeros(vocab_size, np.int32)
         self.seen_V = np.zeros(vocab_size, bool)
+        if earlier:
+            self.generated_V[earlier.tokens] = earlier.generated
+            self.seen_V[earlier.tokens] = True
         self.seen_V[list(prompt)] = True
+
+    def save(self) -> "SavedHistory":
+        """Return a copy that takes memory for the tokens of the text only, not for the whole vocabulary."""
+        tokens = np.flatnonzero(self.seen_V).astype(np.uint32)
+        return SavedHistory(tokens, self.generated_V[tokens])
 
     def add(self, token: int) -> None:
         self.generated_V[token] += 1
         self.seen_V[token] = True
+
+
+class SavedHistory(NamedTuple):
+    """A History that is kept between two requests of a session."""
+
+    tokens: NDArray[np.uint32]
+    """Tokens read or generated, each once."""
+    generated: NDArray[np.int32]
+    """How often each of them was generated."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.generated.nbytes
 
 
 class Draw(NamedTuple):
@@ -86,9 +113,16 @@ class Draw(NamedTuple):
 
     params: SamplingParams
     position: int
-    """Number of tokens generated before this one."""
+    """Number of tokens of the text generated before this one, those of earlier requests of a session included."""
     history: History | None = None
     """Required if the params have penalties."""
+    earlier: int = 0
+    """Number of tokens of the text that earlier requests of the session generated, which min_tokens does not count."""
+
+    @property
+    def is_too_short(self) -> bool:
+        """Whether the text must not end here."""
+        return self.position - self.earlier < self.params.min_tokens
 
 
 class Logprobs(NamedTuple):
@@ -100,14 +134,15 @@ class Logprobs(NamedTuple):
     """Likeliest tokens with their log-probabilities, in descending order."""
 
 
-def changes_logits(params: SamplingParams) -> bool:
-    """Return whether sampling with these params needs a changed copy of the logits."""
-    return params.has_penalties or params.excludes_unlikely or bool(params.logit_bias)
+def changes_logits(draw: Draw) -> bool:
+    """Return whether this draw needs a changed copy of the logits."""
+    params = draw.params
+    return params.has_penalties or params.excludes_unlikely or bool(params.logit_bias) or draw.is_too_short
 
 
 def sample(logits_SV: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.int64]:
     """Return the token ids [S] drawn from the rows."""
-    changed = [row for row, draw in enumerate(draws) if changes_logits(draw.params)]
+    changed = [row for row, draw in enumerate(draws) if changes_logits(draw)]
     if changed:
         logits_SV = logits_SV.copy()
         for row in changed:
@@ -128,7 +163,7 @@ def sample(logits_SV: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.
 
 
 def penalize(logits_V: NDArray[np.float32], draw: Draw) -> None:
-    """Apply the penalties and logit_bias to the logits, in place."""
+    """Apply the penalties, logit_bias and min_tokens to the logits, in place."""
     params, history = draw.params, draw.history
     if params.has_penalties:
         assert history is not None
@@ -140,6 +175,8 @@ def penalize(logits_V: NDArray[np.float32], draw: Draw) -> None:
         logits_V -= np.float32(params.presence_penalty) * (history.generated_V > 0)
     for token, bias in params.logit_bias.items():
         logits_V[token] += np.float32(bias)
+    if draw.is_too_short:
+        logits_V[params.end_of_text] = -np.inf
 
 
 def exclude_unlikely(logits_V: NDArray[np.floating], params: SamplingParams) -> None:

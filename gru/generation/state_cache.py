@@ -11,15 +11,27 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from gru.generation.sampling import SavedHistory
+
 
 class CachedState(NamedTuple):
     """A hidden state with what is needed to resume from it."""
 
     state_L1H: Tensor
-    unread_token: int | None
+    unread_token: int | None = None
     """Newest token of a text, which the state has not read yet; None for a prompt prefix."""
-    tokens: int
+    tokens: int = 0
     """Number of tokens that led to the state, the unread one included."""
+    position: int = 0
+    """Number of those tokens that were generated."""
+    history: SavedHistory | None = None
+    """Those tokens, for penalties."""
+    stopped: bool = False
+    """Whether the text ended with a stop string, which led to the state, too."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.state_L1H.nbytes + (self.history.nbytes if self.history else 0)
 
 
 class StateCache:
@@ -42,21 +54,30 @@ class StateCache:
             self._states.move_to_end(key)
         return self._states.get(key)
 
-    def put(self, key: bytes, state_L1H: Tensor, unread_token: int | None = None, tokens: int = 0) -> None:
-        """Store a copy of the state, and remove the least recently used ones that no longer fit."""
-        if state_L1H.nbytes > self.max_bytes:
+    def peek(self, key: bytes) -> CachedState | None:
+        """Return the state of this key, or None; for any thread, since it leaves the order of use as it is."""
+        return self._states.get(key)
+
+    def put(self, key: bytes, state: CachedState) -> None:
+        """Store the state, its tensor copied, and remove the least recently used ones that no longer fit."""
+        if state.nbytes > self.max_bytes:
             return
         if (old := self._states.pop(key, None)) is not None:
-            self.bytes -= old.state_L1H.nbytes
-        self._states[key] = CachedState(state_L1H.clone(), unread_token, tokens)
-        self.bytes += state_L1H.nbytes
+            self.bytes -= old.nbytes
+        self._states[key] = state._replace(state_L1H=state.state_L1H.clone())
+        self.bytes += state.nbytes
         while self.bytes > self.max_bytes:
-            self.bytes -= self._states.popitem(last=False)[1].state_L1H.nbytes
+            self.bytes -= self._states.popitem(last=False)[1].nbytes
 
 
 def session_key(owner: str, session: str) -> bytes:
     """Return the key of the state of an owner's session."""
     return _digest(b"session", _digest(owner.encode()), session.encode())
+
+
+def turn_key(owner: str, name: str) -> bytes:
+    """Return the key of the state after a turn of an owner's conversation."""
+    return _digest(b"turn", _digest(owner.encode()), name.encode())
 
 
 def prefix_keys(owner: str, tokens: Sequence[int], chunk: int) -> list[bytes]:

@@ -37,6 +37,8 @@ class Keys:
         self._modified: float | None = None
         self._checked = -REFRESH_SECONDS
         self._owners: dict[str, str] = {}
+        self.malformed: list[str] = []
+        """What is wrong with the malformed lines, which give no access; the other lines count."""
         self._refresh()
 
     def owner(self, key: str) -> str | None:
@@ -53,6 +55,7 @@ class Keys:
         return match
 
     def _refresh(self) -> None:
+        """Read the file if it has changed."""
         self._checked = time.monotonic()
         try:
             modified = self._path.stat().st_mtime
@@ -62,11 +65,15 @@ class Keys:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"serve.keys = {str(self._path)!r}: cannot read the file: {error}") from None
         owners: dict[str, str] = {}
+        malformed: list[str] = []
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith("#"):
                 continue
             owner, _, key_digest = line.strip().partition(" ")
-            if not re.fullmatch(r"[0-9a-f]{64}", key_digest):
-                raise UserError(f"{self._path}, line {number}: expected an owner and the SHA-256 of a key")
-            owners[key_digest] = owner
-        self._owners, self._modified = owners, modified
+            if re.fullmatch(r"[0-9a-f]{64}", key_digest):
+                owners[key_digest] = owner
+            else:
+                malformed.append(f"{self._path}, line {number}: must be an owner and the SHA-256 of a key")
+        for problem in malformed:
+            log.error("an API key is ignored: %s", problem)
+        self._owners, self.malformed, self._modified = owners, malformed, modified

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from gru.generation.detokenizer import Detokenizer
-from gru.generation.engine import Closed, Expired, Overloaded
-from gru.generation.request import Finish, Request, TokenStream
+from gru.generation.engine import Closed, Expired, Overloaded, StateNotCached
+from gru.generation.request import Finish, Request, TokenStream, Turn
 from gru.generation.sampling import Logprobs, SamplingParams, choice_seed
 from gru.serving.loaded_model import LoadedModel
-from gru.serving.protocol import ApiError
+from gru.serving.protocol import ApiError, previous_not_found
 
 CHUNK_SECONDS = (0.05, 1.0)  # least and most time between two chunks of a stream, if tokens are not slower
 CHUNKS_PER_SECOND = 300  # of all streams: in Serve and its proxy each takes 1 ms, several times what a token takes
@@ -43,12 +43,15 @@ class GenerationSpec:
     n: int
     max_tokens: int
     stops: Sequence[str]
+    min_tokens: int
+    """Number of tokens before which no stop string ends a text."""
     echo: bool
     top_logprobs: int | None
     deadline: float
     """Value of time.monotonic() at which generation ends with Expired."""
     owner: str
     session: str | None
+    turn: Turn | None = None
 
 
 class TokenEntry(NamedTuple):
@@ -57,7 +60,8 @@ class TokenEntry(NamedTuple):
     token: int
     offset: int
     """Position in the choice's text, in characters, at which the token's text begins."""
-    logprobs: Logprobs
+    logprobs: Logprobs | None
+    """None for an end of text that begins a prompt."""
 
 
 class ChoiceDelta(NamedTuple):
@@ -113,7 +117,7 @@ class Choice:
         self._spec = spec
         self._token_bytes = token_bytes
         self._report = report
-        self._detokenizer = Detokenizer(token_bytes, spec.stops)
+        self._detokenizer = Detokenizer(token_bytes, spec.stops, spec.min_tokens)
         self._pieces: deque[str] = deque()  # text from the engine's thread to the event loop's
         self._entries: deque[TokenEntry] = deque()
         self._unsent = ""
@@ -148,6 +152,11 @@ class Choice:
         text, self._unsent = self._unsent, ""
         self._sent_characters += len(text)
         entries = []
+        if self.finish == "stop" and not self._detokenizer.stopped and self.stream.logprobs:
+            # The token that ended the document has no text. As with OpenAI, it has an entry.
+            self._entries.append(
+                TokenEntry(self.stream.last_token, self._detokenizer.decoded, self.stream.logprobs[-1])
+            )
         everything = self.finish and not self._detokenizer.stopped
         while self._entries and (self._entries[0].offset < self._sent_characters or everything):
             entries.append(self._entries.popleft())
@@ -160,8 +169,14 @@ class Choice:
         return ChoiceDelta(self.index, text, entries, self.finish)
 
     def _prompt_entries(self) -> list[TokenEntry]:
+        """Return the entries of the prompt's tokens; none without log-probabilities."""
+        if self._spec.top_logprobs is None:
+            return []
         detokenizer, entries = Detokenizer(self._token_bytes), []
-        for token, logprobs in zip(self._prompt.tokens, self.stream.prompt_logprobs, strict=False):
+        scores = self.stream.prompt_logprobs
+        # An end of text at the beginning is not predicted from anything.
+        unscored = [None] * (len(self._prompt.tokens) - len(scores))
+        for token, logprobs in zip(self._prompt.tokens, [*unscored, *scores], strict=True):
             entries.append(TokenEntry(token, detokenizer.decoded, logprobs))
             detokenizer.feed(token)
         return entries
@@ -209,6 +224,7 @@ class Generation:
             deadline=spec.deadline,
             owner=spec.owner,
             session=spec.session,
+            turn=spec.turn,
         )
         choice.stream = self._engine.submit(request)
         self.choices.append(choice)
@@ -246,7 +262,7 @@ class Generation:
     def cached_tokens(self) -> int:
         """The number of prompt tokens whose state was cached."""
         firsts = self.choices[:: len(self.choices) // len(self._prompts)]  # the choices of a prompt are adjacent
-        return sum(max(choice.stream.cached - 1, 0) for choice in firsts)  # less the end-of-text before the prompt
+        return sum(choice.stream.cached_prompt_tokens for choice in firsts)
 
     @property
     def generated_tokens(self) -> int:
@@ -295,4 +311,6 @@ def api_error(error: Exception) -> ApiError:
     """Return the HTTP error for an exception that ended a generation."""
     if isinstance(error, Expired):
         return ApiError(503, str(error), code="timeout")
+    if isinstance(error, StateNotCached):
+        return previous_not_found()
     return ApiError(503 if isinstance(error, Closed) else 500, str(error))

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from gru import ray_internals
 from gru.config import ServeConfig, ServeResources, content_key
 from gru.errors import UserError
-from gru.network import require_bindable
+from gru.network import require_bindable, url_of
 from gru.registry import tracking, versions
 from gru.serving.api import create_app
 from gru.serving.auth import Keys
@@ -37,20 +38,22 @@ log = logging.getLogger(__name__)
 class Replica:
     """A replica of the endpoint: a model manager and the HTTP interface of its models."""
 
-    def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str, settings: str) -> None:
+    def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str, storage: str, settings: str) -> None:
         _stay_on_loopback()
         _configure_access_log()
         torch.set_num_threads(THREADS)
         sys.setswitchinterval(SWITCH_SECONDS)
         tracking.connect_impatiently(tracking_uri)
         self._config, self._settings = config, settings
-        directory = Path.home() / ".cache" / "gru-pipeline" / "served"
+        # The registries of two projects may have the same address, one after the other.
+        registry = content_key(tracking_uri, storage)
+        directory = Path.home() / ".cache" / "gru-pipeline" / "served" / registry
         replica_id = serve.get_replica_context().replica_id.unique_id
         self._manager = ModelManager(config, model_name, directory, replica_id)
         self._manager.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(lambda: self._manager.models, self._config, self._manager.metrics, self._settings)
+        return create_app(lambda: self._manager.models, self._config, self._manager.metrics, self._settings, False)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {IN_FLIGHT: float(sum(model.engine.tokens_in_flight for model in self._manager.models))}
@@ -79,24 +82,50 @@ def _stay_on_loopback() -> None:
         ray_internals.bind_replica_to(address)
 
 
-def deploy(config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str) -> None:
+def deploy(config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str, storage: str) -> None:
     """Start Serve on the connected Ray cluster and deploy the endpoint, or replace it. It outlives this process.
 
-    Returns when a replica is ready. Raises UserError if the model has no @champion, if the address cannot be bound, if
-    the key file cannot be read, or if this cluster serves other applications at another address.
+    storage: the pipeline's storage, which with the tracking URI identifies the registry. Returns when a replica is
+    ready. Raises UserError if the model has no @champion, if the address cannot be bound, if the key file is unreadable
+    or malformed, if it would open an endpoint that requires keys, or if this cluster serves other applications at
+    another address.
     """
     mlflow.set_tracking_uri(tracking_uri)
     if versions.resolve(model_name, versions.CHAMPION) is None:
         raise UserError(f"{model_name}: no version is @{versions.CHAMPION}; train and promote one first")
-    if config.keys:
-        Keys(config.keys)  # reports what is wrong with them here, not in each replica
+    if config.keys and (malformed := Keys(config.keys).malformed):
+        raise UserError(malformed[0])  # here, not in each replica
+    if not config.keys:
+        _refuse_to_open()
     _ensure_address(config.host, config.port)
     serve.start(http_options={"host": config.host, "port": config.port})
-    serve.run(application(config, resources, model_name, tracking_uri), name=APP, route_prefix="/")
+    serve.run(application(config, resources, model_name, tracking_uri, storage), name=APP, route_prefix="/")
+
+
+def _refuse_to_open() -> None:
+    """Raise UserError if this cluster has an endpoint that requires API keys, at this or another address."""
+    client = ray_internals.running_serve_client()
+    if client is not None and _requires_keys(url_of(client.http_config.host, client.http_config.port)):
+        raise UserError(
+            f"serve.keys is not set, but the endpoint at {client.http_config.host}:{client.http_config.port} requires "
+            "API keys: set it to the file of the keys, or stop that endpoint first to serve without keys (`gru down`; "
+            "on a cluster `serve shutdown`)"
+        )
+
+
+def _requires_keys(url: str) -> bool:
+    """Whether an endpoint requires API keys, be it ready or not."""
+    try:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=5):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code == 401
+    except OSError:
+        return False
 
 
 def application(
-    config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str
+    config: ServeConfig, resources: ServeResources, model_name: str, tracking_uri: str, storage: str
 ) -> serve.Application:
     """Return the endpoint as an application of Ray Serve."""
     options: dict[str, Any] = {"num_cpus": resources.cpus}
@@ -114,7 +143,7 @@ def application(
         graceful_shutdown_timeout_s=config.request_seconds,  # shutdown takes no time if no request is open
         ray_actor_options=options,
     )(serve.ingress()(Replica))
-    return deployment.bind(config, model_name, tracking_uri, content_key(config, resources))
+    return deployment.bind(config, model_name, tracking_uri, storage, content_key(config, resources, storage))
 
 
 def _scaling_options(config: ServeConfig) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from prometheus_client.registry import Collector
 from gru.serving.choices import Generation
 from gru.serving.loaded_model import ModelProvider
 
-PATHS = ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+PATHS = (
+    *("/", "/health", "/ready", "/metrics", "/tokenize", "/detokenize", "/tokenizer_info"),
+    *("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses"),
+)
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600)
 

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,7 +20,7 @@ from gru.serving.protocol import ApiError
 if TYPE_CHECKING:
     from gru.serving.metrics import Metrics
 
-PROTECTED_PATHS = ("/v1/", "/metrics")  # paths that require a key, if there are keys
+PROTECTED_PATHS = ("/v1/", "/metrics", "/tokenize", "/detokenize")  # paths that require a key, if there are keys
 BODY_SECONDS = 30.0  # time within which a body must arrive
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CLIENT_LEFT = 499  # status in log and metrics when no response was started
@@ -33,8 +34,11 @@ class AccessMiddleware:
     Handlers find in the scope's state: `owner`, of the key; and `log_fields`, a dict for more fields of the log line.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys | None, max_body: int, metrics: "Metrics") -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys | None, max_body: int, metrics: "Metrics", adds_request_id: bool = True
+    ) -> None:
         self._app, self._keys, self._max_body, self._metrics = app, keys, max_body, metrics
+        self._adds_request_id = adds_request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,12 +47,13 @@ class AccessMiddleware:
         start = time.monotonic()
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         scope.setdefault("state", {}).update(log_fields={}, owner="")
-        response = _Response(send, request_id(headers))
+        response = _Response(send, request_id(headers), self._adds_request_id)
         try:
             scope["state"]["owner"] = self._owner(scope["path"], headers)
             body = await read_body(headers, receive, self._max_body)
             await self._app(scope, replay(body, receive), response.send)
         except ApiError as error:
+            scope["state"]["log_fields"]["error"] = str(error)
             await error.response()(scope, receive, response.send)
         except Exception:
             response.status = 500
@@ -71,6 +76,7 @@ class AccessMiddleware:
     def _log(self, scope: Scope, response: "_Response", seconds: float) -> None:
         self._metrics.record_request(scope["path"], response.status, seconds)
         fields = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request": response.request_id,
             "method": scope["method"],
             "path": scope["path"],
@@ -83,18 +89,19 @@ class AccessMiddleware:
 
 
 class _Response:
-    """What is sent for one request: adds the request id to the headers and remembers the status."""
+    """What is sent for one request: adds the request id to the headers, if asked to, and remembers the status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, send: Send, request_id: str, adds_request_id: bool) -> None:
+        self.request_id, self._adds_request_id = request_id, adds_request_id
         self.status = CLIENT_LEFT
         self._send = send
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            header = (b"x-request-id", self.request_id.encode())
-            message = {**message, "headers": [*message.get("headers", []), header]}
+            if self._adds_request_id:
+                header = (b"x-request-id", self.request_id.encode())
+                message = {**message, "headers": [*message.get("headers", []), header]}
         await self._send(message)
 
 
@@ -110,6 +117,9 @@ async def read_body(headers: dict[str, str], receive: Receive, max_bytes: int) -
     A Content-Length that is too large is refused before the body is read.
     """
     too_large = ApiError(413, f"the body of a request may have at most {max_bytes:,} bytes")
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() not in ("", "identity"):
+        raise ApiError(415, f"Content-Encoding: {encoding!a} is not supported: send the body as it is", code="encoding")
     content_length = headers.get("content-length", "0")
     if content_length.isdecimal() and int(content_length[:20]) > max_bytes:
         raise too_large
@@ -127,7 +137,7 @@ async def read_body(headers: dict[str, str], receive: Receive, max_bytes: int) -
                     raise too_large
                 more = message.get("more_body", False)
     except TimeoutError:
-        raise ApiError(400, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
     return b"".join(parts)
 
 

@@ -23,7 +23,7 @@ def add_to(app: FastAPI) -> None:
         "Cache-Control": "no-cache",
     }
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(html, headers=headers)
 

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+import httpx
 import openai
 import torch
 
@@ -110,7 +111,10 @@ def test_logprobs_match_the_text(server: Server, client: openai.OpenAI) -> None:
     for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
         assert choice.text[offset : offset + len(token)] == token
     assert logprobs.token_logprobs is not None and all(value <= 0 for value in logprobs.token_logprobs)
-    assert logprobs.top_logprobs is not None and all(len(top) == 3 for top in logprobs.top_logprobs)
+    assert logprobs.top_logprobs is not None and all(len(top) in (3, 4) for top in logprobs.top_logprobs)
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert top[token] == logprob and (len(top) == 3 or logprob == min(top.values()))
+    assert any(len(top) == 4 for top in logprobs.top_logprobs), "a token outside the three likeliest"
     parts = [c.choices[0].logprobs for c in client.completions.create(**fields, stream=True)]
     assert [token for part in parts if part for token in part.tokens or []] == logprobs.tokens
     [echoed] = client.completions.create(**fields, echo=True).choices
@@ -148,12 +152,94 @@ def test_an_incomplete_character_is_spelled_in_bytes(server: Server, client: ope
     assert choice.text == "\ufffd" * 2
 
 
+def test_prompts_may_be_token_ids(server: Server, client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "poet", "seed": 5, "max_tokens": 20}
+    texts = [choice.text for choice in client.completions.create(prompt=["Once", "Twice"], **fields).choices]
+    ids = [list(b"Once"), list(b"Twice")]
+    assert client.completions.create(prompt=ids[0], **fields).choices[0].text == texts[0]
+    assert [choice.text for choice in client.completions.create(prompt=ids, **fields).choices] == texts
+    end = server.bundle.tokenizer.end_of_text
+    scoring: dict[str, Any] = {"model": "poet", "max_tokens": 0, "echo": True, "logprobs": 1}
+    [plain] = client.completions.create(prompt="Once", **scoring).choices
+    [begun] = client.completions.create(prompt=[end, *b"Once"], **scoring).choices
+    assert plain.text == begun.text == "Once" and plain.logprobs and begun.logprobs
+    assert begun.logprobs.tokens == ["<|endoftext|>", *plain.logprobs.tokens]  # type: ignore[misc]
+    assert begun.logprobs.token_logprobs == [None, *plain.logprobs.token_logprobs]  # type: ignore[misc]
+    assert begun.logprobs.text_offset == [0, *plain.logprobs.text_offset]  # type: ignore[misc]
+    [alone] = client.completions.create(prompt=[end], **scoring).choices
+    assert alone.logprobs and (alone.logprobs.tokens, alone.logprobs.token_logprobs) == (["<|endoftext|>"], [None])
+
+
+def test_a_text_need_not_end_with_the_document(server: Server, client: openai.OpenAI) -> None:
+    bias, end = server.bundle.model.output_bias, server.bundle.tokenizer.end_of_text
+    fields: dict[str, Any] = {"model": "poet", "prompt": "x", "max_tokens": 30, "seed": 1}
+    with torch.no_grad():
+        bias[end] = 100
+    try:
+        ends = [
+            client.completions.create(**fields, extra_body=extra).usage
+            for extra in ({}, {"min_tokens": 7}, {"ignore_eos": True})
+        ]
+        scored = [
+            client.completions.create(**fields, logprobs=1, echo=True, stream=True),
+            client.completions.create(**fields, logprobs=1, echo=True).choices,
+        ]
+        chat = client.chat.completions.create(
+            model="poet", messages=[{"role": "user", "content": "x"}], logprobs=True, extra_body={"min_tokens": 3}
+        )
+    finally:
+        with torch.no_grad():
+            bias[end] = -5
+    assert [usage and usage.completion_tokens for usage in ends] == [0, 7, 30]
+    stream, [choice] = scored[0], scored[1]
+    for logprobs in (choice.logprobs, [chunk.choices[0].logprobs for chunk in stream][-1]):
+        # lm-eval takes the last token for a generated one, which is there even if it ends the document.
+        assert (logprobs.tokens, logprobs.text_offset) == (["x", "<|endoftext|>"], [0, 1])
+        assert logprobs.token_logprobs[-1] > -0.01
+    assert chat.choices[0].logprobs and len(chat.choices[0].logprobs.content or ()) == 3
+
+
+def test_no_stop_string_ends_a_text_before_min_tokens(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "poet", "prompt": "x", "max_tokens": 30, "logit_bias": {"65": 100}}
+    [choice] = client.completions.create(**fields, stop="AA", extra_body={"min_tokens": 7}).choices
+    assert (choice.text, choice.finish_reason) == ("A" * 7, "stop")
+    [choice] = client.completions.create(**fields, stop="AA", extra_body={"ignore_eos": True}).choices
+    assert (choice.text, choice.finish_reason) == ("", "stop")
+
+
+def test_the_tokenizer_is_there_as_in_vllm(server: Server) -> None:
+    def post(path: str, **fields: Any) -> Any:
+        return httpx.post(f"{server.url}/{path}", json=fields).json()
+
+    text, ids = "d\u00e9j\u00e0 <|endoftext|>", [*"d\u00e9j\u00e0 <|endoftext|>".encode()]
+    tokenized = post("tokenize", prompt=text, model="poet", return_token_strs=True)
+    assert (tokenized["tokens"], tokenized["count"]) == (ids, len(ids)) and tokenized["token_strs"][0] == "d"
+    assert post("detokenize", tokens=ids) == {"prompt": text}
+    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert post("tokenize", prompt=info["eos_token"])["tokens"] == [server.bundle.tokenizer.end_of_text]
+    assert post("detokenize", tokens=[9999])["error"]["param"] == "tokens"
+    assert post("detokenize", tokens=["x"])["error"]["message"] == "tokens: expected a list of token ids"
+    assert post("tokenize")["error"]["param"] == "prompt"
+    assert post("tokenize", prompt="x", model="gpt-5")["error"]["code"] == "model_not_found"
+
+
+def test_chats_may_have_tool_messages_and_empty_ones(client: openai.OpenAI) -> None:
+    messages: Any = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+    ]
+    extra: Any = {"tool_choice": "none"}
+    assert client.chat.completions.create(model="poet", messages=messages, extra_body=extra).usage.prompt_tokens == 39  # type: ignore[union-attr]
+
+
 def test_sampling_fields_reach_the_text(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"model": "poet", "prompt": "x", "max_tokens": 60, "temperature": 0}
     plain = client.completions.create(**fields).choices[0].text
     fresh = client.completions.create(**fields, extra_body={"repetition_penalty": 10}).choices[0].text
     assert len(set(fresh)) > len(set(plain))
     assert client.completions.create(**fields, logit_bias={"65": 100}).choices[0].text == "A" * 60
+    assert client.completions.create(**{**fields, "temperature": 1, "top_p": 0}).choices[0].text == plain
     least = client.completions.create(**{**fields, "temperature": 2}, extra_body={"min_p": 1}).choices[0].text
     assert least == plain
 
@@ -169,6 +255,13 @@ def test_a_session_resumes_without_the_text_sent_again(server: Server, client: o
     assert second.to_dict()["session"] == {"id": "mine", "resumed_tokens": 24}
     third = list(client.completions.create(**fields, prompt="ab", extra_body=session, stream=True))
     assert third[0].to_dict()["session"] == {"id": "mine", "resumed_tokens": 44}
+    seeded: dict[str, Any] = {"model": "poet", "prompt": "Once", "seed": 3, "frequency_penalty": 0.5}
+    one = client.completions.create(**seeded, max_tokens=40).choices[0].text
+    parts = [
+        client.completions.create(**{**seeded, "prompt": prompt}, max_tokens=20, extra_body={"session_id": "seeded"})
+        for prompt in ("Once", "")
+    ]
+    assert "".join(part.choices[0].text for part in parts) == one  # positions and penalties continue
     server.new_engine("4")
     other = client.completions.create(**fields, prompt="", extra_body=session)
     assert other.to_dict()["session"] == {"id": "mine", "resumed_tokens": 0}  # a state belongs to one model

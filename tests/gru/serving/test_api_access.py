@@ -1,14 +1,18 @@
 """Keys, request ids, the access log, metrics and origins."""
 
+import json
 import logging
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from pydantic import ValidationError
 
+from gru.config import ServeConfig
 from gru.errors import UserError
 from gru.serving import auth
 from gru.serving.api import create_app
@@ -51,14 +55,25 @@ def test_keys_are_required_and_never_logged(
         os.utime(file, (2, 2))
         with pytest.raises(openai.AuthenticationError):
             complete(alice)
-        file.write_text("nonsense\n")
+        file.write_text(f"nonsense\n{bob_line}\n")
         os.utime(file, (3, 3))
-        assert complete(bob).choices  # a broken file withdraws no key
+        assert complete(bob).choices  # a malformed line concerns no other
+        file.write_text(f"{alice_line}\nnonsense\n")
+        os.utime(file, (4, 4))
+        assert complete(alice).choices
+        with pytest.raises(openai.AuthenticationError):
+            complete(bob)
+        file.unlink()
+        assert complete(alice).choices  # a file that cannot be read withdraws no key
     logged = "\n".join(record.getMessage() for record in caplog.records)
     assert '"owner": "alice"' in logged and '"status": 401' in logged and '"prompt_tokens": 15' in logged
+    assert "an API key is ignored" in logged and "line 2" in logged
+    [first, *_] = [json.loads(record.getMessage()) for record in caplog.records if record.levelno == logging.INFO]
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(first["time"])).total_seconds() < 600
+    assert '"error": "this API key is unknown"' in logged
     for secret in (alice, bob, "secret prompt"):
-        assert secret not in logged and secret not in file.read_text()
-    with pytest.raises(UserError, match="line 1"):
+        assert secret not in logged and secret not in alice_line + bob_line
+    with pytest.raises(UserError, match="cannot read"):
         create_app(lambda: server.models, config)
 
 
@@ -66,6 +81,8 @@ def test_a_request_has_an_id(server: Server) -> None:
     url = f"{server.url}/v1/completions"
     named = httpx.post(url, json={"prompt": "x"}, headers={"x-request-id": "mine-7"})
     assert named.headers["x-request-id"] == "mine-7"
+    latin = httpx.post(url, json={"prompt": "x"}, headers={"x-request-id": b"caf\xe9", "x-session-id": b"caf\xe9"})
+    assert latin.status_code == 200 and latin.headers["x-request-id"].isascii()
     ids = {httpx.post(url, json={"prompt": "x"}, headers={"x-request-id": "no spaces"}).headers["x-request-id"]}
     ids |= {httpx.get(f"{server.url}/nowhere").headers["x-request-id"]}
     assert len(ids) == 2 and "no spaces" not in ids
@@ -99,3 +116,32 @@ def test_no_other_site_may_send_requests(server: Server) -> None:
         httpx.post(f"{server.url}/v1/completions", headers=origin, json={"prompt": "x"}),
     ):
         assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_pages_of_the_configured_origins_may_send_requests(server: Server, tmp_path: Path) -> None:
+    key, line = new_key("alice")
+    (tmp_path / "keys").write_text(line)
+    config = CONFIG.model_copy(update={"keys": str(tmp_path / "keys"), "cors_origins": ["https://app.example"]})
+    with listening(create_app(lambda: server.models, config)) as url:
+
+        def send(origin: str, method: str = "POST", **headers: str) -> httpx.Response:
+            body = None if method == "OPTIONS" else {"prompt": "x"}
+            headers = {"Origin": origin, **headers}
+            return httpx.request(method, f"{url}/v1/completions", json=body, headers=headers)
+
+        asked = {"Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-lang"
+        preflight = send("https://app.example", "OPTIONS", **asked)  # which has no key
+        assert preflight.status_code == 200
+        assert preflight.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        assert "authorization" in preflight.headers["Access-Control-Allow-Headers"]
+        refused = send("https://app.example")
+        answer = send("https://app.example", Authorization=f"Bearer {key}")
+        assert (refused.status_code, answer.status_code) == (401, 200)
+        for each in (refused, answer):
+            assert each.headers["Access-Control-Allow-Origin"] == "https://app.example"
+        for each in (send("https://other.example", "OPTIONS", **asked), send("https://other.example")):
+            assert "Access-Control-Allow-Origin" not in each.headers
+    for wrong in ("app.example", "https://app.example/", "https://App.example", "*.example"):
+        with pytest.raises(ValidationError):
+            ServeConfig(cors_origins=[wrong])

@@ -8,7 +8,8 @@ import httpx
 import openai
 import pytest
 
-from tests.gru.serving.server import Server
+from gru.serving import middleware
+from tests.gru.serving.server import Server, connection, raw_request
 
 
 @pytest.mark.parametrize(
@@ -18,14 +19,21 @@ from tests.gru.serving.server import Server
         ({"max_tokens": 100_001}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"seed": 1.5}, "seed"),
         ({"stop": ""}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [1, 2, 3]}, "prompt"),
+        ({"prompt": [1, 257]}, "prompt"),
+        ({"prompt": [1, -1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [[1], ["a"]]}, "prompt"),
+        ({"prompt": [[1.5]] * 100_000}, "prompt"),
+        ({"prompt": ["x"] * 2049}, "prompt"),
+        ({"prompt": [1] * 900_000 + [257]}, "prompt"),
         ({"prompt": "\ud800"}, "prompt"),
         ({"prompt": "x" * 1_000_001}, "prompt"),
         ({"prompt": "x" * 2_000_001}, "prompt"),
@@ -52,7 +60,8 @@ from tests.gru.serving.server import Server
         ({"session_id": "s", "n": 2}, "session_id"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
-        ({"ignore_eos": True}, "ignore_eos"),
+        ({"bad_words": ["the"]}, "bad_words"),
+        ({"min_tokens": -1}, "min_tokens"),
         ({"logit_bias": {str(i): "x" for i in range(50_000)}}, "logit_bias"),
         ({"logprobs": 20, "n": 4, "max_tokens": 2000}, "logprobs"),
         ({"logprobs": 0, "echo": True, "max_tokens": 0, "prompt": "x" * 100_001}, "logprobs"),
@@ -74,12 +83,14 @@ def test_bad_parameters_are_refused_by_name(server: Server, fields: dict[str, An
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "pope", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}] * 3000}, "messages"),
         ({"messages": [1] * 100_000}, "messages"),
         ({"messages": [{"role": "user", "content": [1] * 100_000}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
     ],
@@ -96,8 +107,14 @@ def test_other_errors_have_the_same_shape(server: Server, client: openai.OpenAI)
     for body in (b"{", b"[]", b""):
         answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
         assert answer.status_code == 400 and answer.json()["error"]["message"]
-    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    for path in ("v1/nothing", "v1", "nothing"):
+        for missing in (httpx.get(f"{server.url}/{path}"), httpx.post(f"{server.url}/{path}", json={})):
+            error = missing.json()["error"]
+            assert (missing.status_code, error["type"]) == (404, "invalid_request_error") and path in error["message"]
+    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings"):  # of a generator they would mean little
+        client.embeddings.create(model="poet", input="x")
+    refused = httpx.get(f"{server.url}/v1/completions")
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "POST")
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.completions.create(model="gpt-5", prompt="x")
     for name in ("poet", "poet:3", "poet@champion"):
@@ -106,9 +123,61 @@ def test_other_errors_have_the_same_shape(server: Server, client: openai.OpenAI)
         client.completions.create(model="poet:2", prompt="x")
 
 
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "words"),
+    [
+        (
+            b'{"prompt": "x"}',
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            400,
+            "Content-Type: application/json",
+        ),
+        (b'{"prompt": "x"}', {}, 400, "Content-Type is absent: send a JSON object with Content-Type: application/json"),
+        (b"{}", {"Content-Type": "application/json"}, 400, "prompt: required; expected a string, a list of token ids"),
+        (b"", {"Content-Type": "application/json"}, 400, "the body is empty: send a JSON object"),
+        (b"[1]", {"Content-Type": "application/json"}, 400, "the body is not a JSON object"),
+        (b'{"prompt": ', {"Content-Type": "application/json"}, 400, "the body is not a JSON object: Expecting value"),
+        (b'{"prompt": "\xff"}', {"Content-Type": "application/json"}, 400, "send a JSON object in UTF-8"),
+        (b'{"prompt":' + b"[" * 100_000, {"Content-Type": "application/json"}, 400, "not too deeply nested"),
+        (b"\x1f\x8b", {"Content-Encoding": "gzip"}, 415, "Content-Encoding: 'gzip' is not supported"),
+    ],
+)
+def test_a_mistake_in_the_request_is_one_line_that_names_what_to_send(
+    server: Server, body: bytes, headers: dict[str, str], status: int, words: str
+) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "message"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}] * 3000}, "messages: at most 2,048 are"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages: 'content' is missing; expected a list of"),
+        ("completions", {"prompt": ["x"] * 3000}, "prompt: at most 2,048 are allowed"),
+        ("completions", {"prompt": [1] * 3000 + [-1]}, "prompt: expected a string, a list of token ids"),
+    ],
+)
+def test_a_mistake_in_a_list_is_told_in_words(server: Server, path: str, fields: dict[str, Any], message: str) -> None:
+    assert server.post(path, **fields).json()["error"]["message"].startswith(message)
+
+
+def test_a_slow_body_is_a_request_timeout(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
+    with connection(server) as client:
+        client.sendall(raw_request(server)[:-10])
+        assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+
+
+def test_monitoring_routes_and_the_playground_answer_head(server: Server) -> None:
+    for path in ("/", "/health", "/ready"):
+        answer = httpx.head(f"{server.url}{path}")
+        assert (answer.status_code, answer.content) == (200, b""), path
+
+
 def test_fields_that_cannot_change_the_text_are_ignored(server: Server) -> None:
     nulls = dict.fromkeys(["max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream", "logprobs", "suffix"])
-    answer = server.post(model="poet", prompt="x", user="me", best_of=1, presence_penalty=0, **nulls)
+    answer = server.post(model="poet", prompt="x", user="m" * 300, best_of=1, presence_penalty=0, tools=[], **nulls)
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 16
 
 

@@ -44,6 +44,7 @@ def test_a_request_that_takes_too_long_ends(running: Server) -> None:
         with pytest.raises(openai.InternalServerError) as error:
             client.completions.create(model="poet", prompt="x", max_tokens=90_000)
         assert (error.value.status_code, error.value.code) == (503, "timeout")
+        assert "Retry-After" not in error.value.response.headers  # it would take as long again
         with pytest.raises(openai.APIError, match="exceeded its time limit"):
             list(client.completions.create(model="poet", prompt="x", max_tokens=90_000, stream=True))
     wait_until(lambda: engine.active == 0)

@@ -29,7 +29,13 @@ def test_models_and_health(server: Server, client: openai.OpenAI) -> None:
         client.models.retrieve("gpt-5")
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
     ready = httpx.get(f"{server.url}/ready").json()
-    assert ready == {"status": "ready", "model": "poet", "version": "3", "settings": "0123", "requests": 0}
+    assert ready == {
+        "status": "ready",
+        "model": "poet",
+        "version": "3",
+        "settings": "0123",
+        "requests": 0,
+    }
     engine = server.engine
     server.models.clear()
     assert httpx.get(f"{server.url}/health").status_code == 200  # healthy, although no model is loaded yet

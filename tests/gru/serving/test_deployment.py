@@ -22,6 +22,7 @@ from ray import serve
 
 from gru.config import ModelConfig, ServeConfig, ServeResources, TokenizerConfig
 from gru.corpus.tokenizer import Tokenizer, train_tokenizer
+from gru.errors import UserError
 from gru.generation.generate import generate_ids
 from gru.generation.sampling import SamplingParams
 from gru.model.language_model import GRULanguageModel
@@ -30,6 +31,7 @@ from gru.registry import tracking, versions
 from gru.registry.bundle import Bundle, load_bundle, write_bundle
 from gru.registry.versions import CHAMPION
 from gru.serving import deployment
+from gru.serving.auth import new_key
 from tests.gru.registry.bundles import LINEAGE
 from tests.waiting import wait_until
 
@@ -41,6 +43,7 @@ MODEL = ModelConfig(embedding=16, hidden=16)
 class Endpoint:
     config: ServeConfig
     tracking: str
+    storage: Path
     bundles: list[Bundle]
 
     @property
@@ -83,9 +86,9 @@ def endpoint(ray_local: None, empty_database: Path, tmp_path_factory: pytest.Tem
             path = str(make_bundle(directory / str(seed), tokenizer, seed))
             versions.register(run, "poet", path, 2.0, "text")
             bundles.append(load_bundle(path))
-        endpoint = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, bundles)
+        endpoint = Endpoint(ServeConfig(port=free_port(), slots=8, poll_seconds=0.2), uri, directory, bundles)
         endpoint.set_champion(1)
-        deployment.deploy(endpoint.config, ServeResources(), "poet", uri)
+        deployment.deploy(endpoint.config, ServeResources(), "poet", uri, str(directory))
         deployment.wait_ready(endpoint.url, "1", 120)
         yield endpoint
         serve.shutdown()
@@ -191,7 +194,8 @@ def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -
     stream = endpoint.complete(stream=True, max_tokens=tokens)
     text = next(stream).choices[0].text
     changed = endpoint.config.model_copy(update={"slots": 16})
-    replacing = threading.Thread(target=deployment.deploy, args=(changed, ServeResources(), "poet", endpoint.tracking))
+    arguments = (changed, ServeResources(), "poet", endpoint.tracking, str(endpoint.storage))
+    replacing = threading.Thread(target=deployment.deploy, args=arguments)
     replacing.start()
     text += "".join(chunk.choices[0].text for chunk in stream)
     assert text == endpoint.expected(1, tokens=tokens)
@@ -201,9 +205,9 @@ def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -
 
 
 def test_replicas_scale_with_tokens_in_flight_and_sessions_stick_to_their_replica(endpoint: Endpoint) -> None:
-    """This test is the last one, since it leaves another deployment behind."""
+    """This test is among the last ones, since it leaves another deployment behind."""
     changed = endpoint.config.model_copy(update={"max_replicas": 2, "tokens_per_replica": 2000})
-    deployment.deploy(changed, ServeResources(), "poet", endpoint.tracking)
+    deployment.deploy(changed, ServeResources(), "poet", endpoint.tracking, str(endpoint.storage))
     wait_until("answers", lambda: answers(endpoint))
 
     def replicas() -> int:
@@ -231,3 +235,23 @@ def test_replicas_scale_with_tokens_in_flight_and_sessions_stick_to_their_replic
 
     # With random routing all eight sessions would pass once in 65,000 times.
     wait_until("the proxy to know both", lambda: all(is_sticky(str(uuid.uuid4())) for _ in range(8)), 30)
+
+
+def test_an_endpoint_that_requires_keys_is_not_opened_by_a_config_without(endpoint: Endpoint, tmp_path: Path) -> None:
+    """This test is the last one, since it leaves a deployment with keys behind."""
+    key, line = new_key("alice")
+    (tmp_path / "keys").write_text(line)
+    closed = endpoint.config.model_copy(update={"keys": str(tmp_path / "keys")})
+    arguments = ("poet", endpoint.tracking, str(endpoint.storage))
+    deployment.deploy(closed, ServeResources(), *arguments)
+    url = f"{endpoint.url}/v1/models"
+    wait_until("the keys", lambda: httpx.get(url).status_code == 401)
+    moved = endpoint.config.model_copy(update={"port": free_port()})
+    for opened in (endpoint.config, moved):
+        with pytest.raises(UserError, match="requires API keys"):
+            deployment.deploy(opened, ServeResources(), *arguments)
+    (tmp_path / "keys").write_text(f"{line}\nnonsense\n")
+    with pytest.raises(UserError, match="keys, line 2: must be an owner"):
+        deployment.deploy(closed, ServeResources(), *arguments)
+    answer = httpx.get(url, headers={"Authorization": f"Bearer {key}", "x-request-id": "mine"})
+    assert answer.status_code == 200 and answer.headers.get_list("x-request-id") == ["mine"]
