@@ -3,6 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+ifneq ($(words $(CURDIR)),1)
+$(error $(CURDIR): Ray does not start from a path with spaces: use a checkout in one without)
+endif
+
 .PHONY: run test test-fast test-faults test-cluster test-browser test-gpu bench-gpu lint bench clean
 .SILENT:
 

@@ -6,14 +6,23 @@ import socket
 from gru.errors import UserError
 
 
+def url_of(host: str, port: int) -> str:
+    """Return the URL of an HTTP server on this host, a name or an address of IPv4 or IPv6."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _probe(host: str) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
 def require_bindable(host: str, port: int, option: str) -> None:
     """Raise UserError if no server can listen on this host and port; `option` is what sets the port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with _probe(host) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            raise UserError(_explain(error, host, port, option)) from None
+    except OSError as error:
+        raise UserError(_explain(error, host, port, option)) from None
 
 
 def _explain(error: OSError, host: str, port: int, option: str) -> str:
@@ -25,21 +34,23 @@ def _explain(error: OSError, host: str, port: int, option: str) -> str:
             return f"port {port} is in use by another program: choose another with {option}"
         case errno.EACCES | errno.EPERM:
             return f"port {port} needs root: choose one >= 1024 with {option}"
-        case errno.EADDRNOTAVAIL:
+        case errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT:  # the latter on a machine without IPv6
             return (
                 f"{host} is not an address of this machine: choose one that is, such as 127.0.0.1, or 0.0.0.0 for all "
                 "of them"
             )
-    return f"cannot listen on {host}:{port} ({error.strerror}): choose another host, or another port with {option}"
+    return (
+        f"cannot listen on port {port} of {host} ({error.strerror}): choose another host, or another port with {option}"
+    )
 
 
 def is_local_address(host: str) -> bool:
     """Whether this name or address belongs to this machine."""
-    with socket.socket() as probe:
-        try:
+    try:
+        with _probe(host) as probe:
             probe.bind((host, 0))
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 

@@ -1,15 +1,16 @@
 """The `gru` command: its arguments and exit status. Its commands are in commands.py and workflow_commands.py."""
 
 import argparse
+import math
 import signal
 import sys
 from types import FrameType
 from typing import Any
 
-from gru.errors import find_user_error
+from gru.errors import GaveUp, find_user_error
 from jobs import entry
 from pipelines import commands, workflow_commands
-from pipelines.runtime import STOP_SIGNALS
+from pipelines.interrupts import STOP_SIGNALS
 
 Subparsers = Any
 """The result of argparse's add_subparsers, which has no public type."""
@@ -18,18 +19,19 @@ Subparsers = Any
 def main() -> None:
     arguments = build_parser().parse_args()
     for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
-    entry.quiet_libraries()
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so must this process
+            signal.signal(number, _interrupt)
+    entry.prepare_libraries()
     try:
         status = arguments.command(arguments)
     except KeyboardInterrupt:
         entry.exit_now(130)  # threads that still follow a job must not hold the process
     except Exception as error:
-        from pipelines.embedded import ServiceFailed
         from pipelines.ray_jobs import JobFailed
+        from pipelines.service import ServiceFailed
 
         mistake = find_user_error(error)
-        if mistake is None and not isinstance(error, JobFailed | ServiceFailed):
+        if mistake is None and not isinstance(error, GaveUp | JobFailed | ServiceFailed):
             raise
         print(f"error: {mistake or error}", file=sys.stderr)
         entry.exit_now(2 if mistake else 1)
@@ -141,7 +143,30 @@ def _add_stop_commands(subparsers: Subparsers) -> None:
 
 
 def _add_inspection_commands(subparsers: Subparsers) -> None:
-    """Add status, lineage, schema."""
+    """Add init, look, status, lineage, schema."""
+    init = subparsers.add_parser(
+        "init",
+        help="look at text, measure this machine, and print a config for it",
+        description="Read a sample of the text, measure for seconds how fast this machine trains, and print a\n"
+        "config on stdout, each line with its reason, and a report on stderr: `gru init PATH > my.toml`.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    init.add_argument("paths", metavar="PATH", nargs="+", help="file, directory, glob or URL with the text")
+    init.add_argument(
+        "--minutes", type=_positive_number, default=30.0, metavar="N", help="time for training, at most (30)"
+    )
+    init.add_argument("--name", metavar="NAME", help="name of the pipeline and its model (default: from the path)")
+    init.set_defaults(command=commands.init)
+
+    look = subparsers.add_parser(
+        "look",
+        help="show in seconds what a config makes of its text: files, fields, documents, what is left out, time",
+        description="Read a sample of the corpus, and show the files, the fields of records, some documents as they "
+        "will be,\nwhat would be left out and why, and the expected documents, tokens and time. Nothing is written.",
+    )
+    entry.add_config_arguments(look)
+    look.set_defaults(command=commands.look)
+
     status = subparsers.add_parser("status", help="list the workflows of a storage and their current stage")
     _add_storage_argument(status)
     status.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -197,6 +222,7 @@ def _add_serving_commands(subparsers: Subparsers) -> None:
         "back.\nThe MLflow server must be up.",
     )
     entry.add_config_arguments(rollback)
+    rollback.add_argument("--to", metavar="VERSION", help="move @champion to this version instead, such as a newer one")
     rollback.set_defaults(command=commands.rollback)
 
     key = subparsers.add_parser(
@@ -222,6 +248,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be an integer >= 1")
     return int(text)
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number > 0")
+    return number
 
 
 def _port(text: str) -> int:

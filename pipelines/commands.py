@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from gru import storage
 from gru.config import PipelineConfig
 from gru.errors import UserError
+from gru.network import url_of
 from jobs import entry
 from pipelines.runtime import logs_of
 
@@ -30,7 +32,7 @@ def down(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     config = entry.load_config(arguments.config, arguments.set)
-    address = f"http://{config.serve.host}:{config.serve.port}"
+    address = url_of(config.serve.host, config.serve.port)
     body = {
         "model": config.model_name,
         "prompt": arguments.prompt,
@@ -40,7 +42,9 @@ def generate(arguments: argparse.Namespace) -> None:
         "stream": True,
     }
     headers = {"Content-Type": "application/json"}
-    if api_key := os.environ.get(KEY_VARIABLE):
+    if api_key := os.environ.get(KEY_VARIABLE, "").strip():
+        if not re.fullmatch(r"[!-~]+", api_key):
+            raise UserError(f"{KEY_VARIABLE}: must be one word of ASCII characters, as `gru key` prints it")
         headers["Authorization"] = f"Bearer {api_key}"
     request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
     try:
@@ -68,6 +72,23 @@ def key(arguments: argparse.Namespace) -> None:
     api_key, line = new_key(arguments.owner)
     print("the key, which is shown only once, and its line for the file that serve.keys names:", file=sys.stderr)
     print(f"{api_key}\n{line}")
+
+
+def look(arguments: argparse.Namespace) -> None:
+    from jobs.look import look, report
+
+    config = entry.load_config(arguments.config, arguments.set)
+    preview = look(config)
+    print(report(preview))
+    preview.require_documents()
+
+
+def init(arguments: argparse.Namespace) -> None:
+    from jobs.init import init, report
+
+    proposal = init(arguments.paths, arguments.minutes, arguments.name)
+    print(report(proposal), file=sys.stderr)
+    print(proposal.toml, end="")
 
 
 def schema(arguments: argparse.Namespace) -> None:
@@ -124,8 +145,8 @@ def rollback(arguments: argparse.Namespace) -> None:
     _connect_tracking(config.storage)
     from gru.registry import versions
 
-    version = versions.rollback(config.model_name)
-    print(f"{version.name}@{versions.CHAMPION} is version {version.version} again", file=sys.stderr)
+    version = versions.rollback(config.model_name, arguments.to)
+    print(f"{version.name}@{versions.CHAMPION} is version {version.version} now", file=sys.stderr)
 
 
 def _connect_tracking(store: str) -> None:

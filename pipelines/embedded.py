@@ -5,162 +5,30 @@ use it. So any later command finds it, the last user stops it, and a process tha
 touched. A file lock lets only one process at a time read the records and act on them.
 """
 
-import contextlib
-import json
 import os
 import secrets
-import subprocess
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import psutil
 from filelock import FileLock
 
 from gru import storage
 from gru.errors import UserError
+from gru.machine import available_cpus, available_memory
 from gru.network import free_port, require_bindable
-from jobs.entry import HOME_VARIABLE
+from jobs.entry import HOME_VARIABLE, ray_directory, require_startable_ray
+from pipelines.interrupts import interrupts_deferred
+from pipelines.service import EmbeddedService, ServiceFailed, end, stop
 
 DIRECTORY = "embedded"  # in the storage
-START_SECONDS = 120
-STOP_SECONDS = 5  # then they are killed, which loses no data
+RESTART_SECONDS = 60  # after an attempt to start MLflow again that failed
 # MLflow's job execution, which nothing here uses, would start seven processes of 190 MB each.
 MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-
-
-class ServiceFailed(RuntimeError):
-    """An embedded service did not start."""
-
-
-@dataclass
-class EmbeddedService:
-    """One service, run as a session of processes."""
-
-    name: str
-    directory: Path
-
-    @property
-    def record(self) -> Path:
-        return self.directory / f"{self.name}.json"
-
-    @property
-    def log(self) -> Path:
-        return self.directory / f"{self.name}.log"
-
-    def url(self) -> str | None:
-        """The URL of the service; None if it is not running."""
-        return self._read()["url"] if self.process() else None
-
-    def process(self) -> psutil.Process | None:
-        return _find(self._read().get("process"))
-
-    def join(self) -> None:
-        """Add this process to the users of the service."""
-        record = self._read()
-        storage.write_json(str(self.record), {**record, "users": [*self._others(record), _identify(psutil.Process())]})
-
-    def leave(self) -> bool:
-        """Remove this process from the users of the service. Return whether it was the last one."""
-        record = self._read()
-        others = self._others(record)
-        if others:
-            storage.write_json(str(self.record), {**record, "users": others})
-        return not others
-
-    @staticmethod
-    def _others(record: dict[str, Any]) -> list[list[int]]:
-        return [user for user in record.get("users", []) if user[0] != os.getpid() and _find(user)]
-
-    def start(self, command: list[str], environment: Mapping[str, str], url: str) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            child = subprocess.Popen(
-                command,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        storage.write_json(str(self.record), {"process": _identify(psutil.Process(child.pid)), "url": url})
-
-    def wait(self, probe: urllib.request.Request) -> None:
-        """Wait until the service answers. Raises ServiceFailed if it ends or does not answer in START_SECONDS."""
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(probe):
-            if self.process() is None or time.monotonic() > deadline:
-                raise ServiceFailed(f"{self.name} did not start; see its log: {self.log}")
-            time.sleep(0.1)
-
-    def processes(self) -> list[psutil.Process]:
-        """The processes of the service's session, also if its leader is dead, and their descendants."""
-        if "process" not in self._read():
-            return []
-        session, started = self._read()["process"]
-        members = [process for process in psutil.process_iter() if _session(process) == session]
-        if any(process.pid == session and _identify(process)[1] != started for process in members):
-            return []  # that session ended; its number belongs to another one now
-        children: list[psutil.Process] = []
-        for member in members:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                children += member.children(recursive=True)
-        return list({process.pid: process for process in members + children}.values())
-
-    def _read(self) -> dict[str, Any]:
-        return json.loads(self.record.read_text()) if self.record.exists() else {}
-
-
-def _identify(process: psutil.Process) -> list[int]:
-    """The process id, which may be reused, and the start time in clock ticks since boot, which tells reuses apart."""
-    try:
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        raise psutil.NoSuchProcess(process.pid) from None
-    return [process.pid, int(fields[19])]
-
-
-def _session(process: psutil.Process) -> int | None:
-    try:
-        return os.getsid(process.pid)
-    except OSError:
-        return None
-
-
-def _find(identity: list[int] | None) -> psutil.Process | None:
-    """Return the process with this identity; None if it is not running."""
-    if identity is None:
-        return None
-    try:
-        process = psutil.Process(identity[0])
-        alive = _identify(process) == identity and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return None
-    return process if alive else None
-
-
-def stop(services: list[EmbeddedService]) -> list[str]:
-    """Stop the services with all their processes. Return the names of those that were running."""
-    running = {service.name: service.processes() for service in services}
-    processes = [process for members in running.values() for process in members]
-    for service in services:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if leader := service.process():
-                leader.terminate()  # Ray and MLflow then stop their own children
-    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=STOP_SECONDS)
-    for service in services:
-        service.record.unlink(missing_ok=True)
-    return [name for name, members in running.items() if members]
 
 
 @dataclass
@@ -171,10 +39,42 @@ class Services:
     mlflow: str
     environment: dict[str, str]
     embedded: list[EmbeddedService] = field(default_factory=list)
+    restart_after: float = 0.0
+    """Value of time.monotonic() before which MLflow is not started again."""
 
     @property
     def embedded_ray(self) -> bool:
         return "RAY_AUTH_TOKEN_PATH" in self.environment
+
+    def check(self) -> str | None:
+        """Start the embedded MLflow server again if it has ended. Return what happened, for people, if anything did.
+
+        Raises ServiceFailed if the embedded Ray has ended, and the endpoint with it, or if `gru down` stopped MLflow.
+        """
+        for service in self.embedded:
+            if service.process() or (service.name == "mlflow" and time.monotonic() < self.restart_after):
+                continue
+            with _file_lock(service.directory):  # which `gru down` holds until all services have ended
+                if not service.record.exists():
+                    raise ServiceFailed(f"`gru down` stopped {service.name}")
+                if service.name == "ray":
+                    raise ServiceFailed(f"ray ended, and the endpoint with it; see its log: {service.log}")
+                return self._restart_mlflow(service)
+        return None
+
+    def _restart_mlflow(self, service: EmbeddedService) -> str:
+        """Start MLflow again. Return what happened. Without MLflow the endpoint continues to serve."""
+        try:
+            if service.process() is None:  # another user may have been faster
+                end([service])  # a process of it that still runs has the port
+                _start_mlflow(service, urllib.parse.urlsplit(self.mlflow).port or 0)
+                service.wait(_mlflow_probe(self.mlflow))
+        except ServiceFailed as failure:
+            self.restart_after = time.monotonic() + RESTART_SECONDS
+            return f"MLflow ended, and the endpoint serves without it; next attempt in {RESTART_SECONDS} s: {failure}"
+        finally:
+            service.join()
+        return "MLflow had ended; it is up again"
 
     def leave(self) -> None:
         """Stop the embedded services that no other process uses."""
@@ -223,15 +123,15 @@ def _start(
     environment: dict[str, str] = {}
     probes: dict[str, urllib.request.Request] = {}
     started: list[EmbeddedService] = []
-    if not mlflow_uri:
-        mlflow_uri = mlflow.url() or _reserve(mlflow, mlflow_port, "--mlflow-port")
-        probes["mlflow"] = urllib.request.Request(f"{mlflow_uri}/health")
-        if not mlflow.process():
-            started.append(mlflow)
-            command = _mlflow_command(Path(store) / "mlflow", mlflow_port)
-            mlflow.start(command, {**os.environ, **MLFLOW_ENVIRONMENT}, mlflow_uri)
     try:
+        if not mlflow_uri:
+            mlflow_uri = mlflow.url() or _reserve(mlflow, mlflow_port, "--mlflow-port")
+            probes["mlflow"] = _mlflow_probe(mlflow_uri)
+            if not mlflow.process():
+                started.append(mlflow)
+                _start_mlflow(mlflow, mlflow_port)
         if not ray_address:
+            require_startable_ray()
             environment = _ray_environment(directory)
             ray_address = ray.url() or _reserve(ray, ray_port, "--ray-port")
             probes["ray"] = _ray_probe(ray_address, environment)
@@ -245,7 +145,11 @@ def _start(
                 service.wait(probes[service.name])
                 service.join()
     except BaseException:
-        stop(started)
+        with interrupts_deferred():  # a second Ctrl-C must not leave some of the processes running
+            end(started)
+            for service in started:
+                if service.leave():  # else another process still uses one that had ended, and starts it again
+                    service.record.unlink(missing_ok=True)
         raise
     environment["MLFLOW_TRACKING_URI"] = mlflow_uri
     return Services(
@@ -255,7 +159,7 @@ def _start(
 
 def _reserve(service: EmbeddedService, port: int, option: str) -> str:
     """Return the URL of a service that is not running yet. Raises UserError for a port in use."""
-    stop([service])  # remaining processes of one that was killed
+    end([service])  # remaining processes of one that was killed; its users may still be there
     require_bindable("127.0.0.1", port, option)
     return f"http://127.0.0.1:{port}"
 
@@ -315,11 +219,12 @@ def _ray_command(port: int) -> list[str]:
         "--port=0",
         f"--ray-client-server-port={free_port()}",
         f"--dashboard-agent-listen-port={free_port()}",
+        *([f"--temp-dir={directory}"] if (directory := ray_directory()) else []),
         "--min-worker-port=0",
         "--max-worker-port=0",
         # Ray's CPUs are logical: a stage, its controller, Serve and its replica share few cores.
-        f"--num-cpus={max(8, 2 * (os.cpu_count() or 1))}",
-        f"--object-store-memory={min(2 << 30, psutil.virtual_memory().total // 5)}",
+        f"--num-cpus={max(8, 2 * available_cpus())}",
+        f"--object-store-memory={min(2 << 30, available_memory() // 5)}",
     ]
 
 
@@ -333,6 +238,15 @@ def _ray_probe(address: str, environment: Mapping[str, str]) -> urllib.request.R
     return urllib.request.Request(f"{address}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
 
 
+def _mlflow_probe(uri: str) -> urllib.request.Request:
+    return urllib.request.Request(f"{uri}/health")
+
+
+def _start_mlflow(service: EmbeddedService, port: int) -> None:
+    command = _mlflow_command(service.directory.parent / "mlflow", port)
+    service.start(command, {**os.environ, **MLFLOW_ENVIRONMENT}, f"http://127.0.0.1:{port}")
+
+
 def _mlflow_command(directory: Path, port: int) -> list[str]:
     directory.mkdir(parents=True, exist_ok=True)
     return [
@@ -344,11 +258,3 @@ def _mlflow_command(directory: Path, port: int) -> list[str]:
         f"--backend-store-uri=sqlite:///{directory / 'mlflow.db'}",
         f"--artifacts-destination={directory / 'artifacts'}",
     ]
-
-
-def _answers(request: urllib.request.Request) -> bool:
-    try:
-        with urllib.request.urlopen(request, timeout=2) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
-        return False

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from gru import storage
 from gru.config import PipelineConfig, ServeConfig
 from gru.errors import UserError
-from gru.network import is_local_address, require_bindable
+from gru.network import is_local_address, require_bindable, url_of
+from pipelines.interrupts import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from pipelines.embedded import Services
     from pipelines.ray_jobs import RayJobs
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # handled as Ctrl-C
 DRAIN_SECONDS = 10  # for requests in progress, when the embedded endpoint stops
 
 
@@ -37,6 +37,7 @@ class Runtime:
 
     console: "Console"
     jobs: "RayJobs"
+    services: "Services"
     logs: Path
     database: str
     """URL."""
@@ -68,8 +69,8 @@ def opened(arguments: argparse.Namespace, config: PipelineConfig, serves: bool) 
         jobs = RayJobs(services.ray, config.storage, working_dir, {"MLFLOW_TRACKING_URI": services.mlflow})
         logs = logs_of(config.storage)
         line = f"logs: {logs}   Ray: {services.ray}   MLflow: {services.mlflow}"
-        console.print(line, highlight=False, soft_wrap=True)
-        yield Runtime(console, jobs, logs, database.address(config.storage))
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        yield Runtime(console, jobs, services, logs, database.address(config.storage))
 
 
 def logs_of(store: str) -> Path:
@@ -108,7 +109,7 @@ def _released_afterwards(services: "Services", serve: ServeConfig | None, consol
     finally:
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C does not wait
             if services.embedded_ray and serve:
-                _drain(f"http://{serve.host}:{serve.port}/ready", console)
+                _drain(f"{url_of(serve.host, serve.port)}/ready", console)
         for number in (signal.SIGINT, *STOP_SIGNALS):
             signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave some of the processes running
         services.leave()

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import signal
+import math
 import time
 from datetime import datetime
 
@@ -14,6 +14,8 @@ from jobs.stages import STAGES
 from pipelines import summary
 from pipelines.runtime import Runtime, opened
 
+CHECK_SECONDS = 2.0  # between two looks at the embedded services, while a command waits
+
 
 def run(arguments: argparse.Namespace) -> None:
     config = entry.load_config(arguments.config, arguments.set)
@@ -23,7 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(result, ensure_ascii=False), flush=True)
         if not arguments.exit:
             runtime.console.print("\nServing. Ctrl-C stops everything.", highlight=False)
-            signal.pause()
+            _stay_up(runtime, until=math.inf)
 
 
 def schedule(arguments: argparse.Namespace) -> None:
@@ -36,7 +38,7 @@ def schedule(arguments: argparse.Namespace) -> None:
         while True:
             due = croniter(arguments.cron, datetime.now().astimezone()).get_next(datetime)
             runtime.console.print(f"next run: {due:%Y-%m-%d %H:%M:%S}", highlight=False)
-            time.sleep(max(0, due.timestamp() - time.time()))
+            _stay_up(runtime, until=due.timestamp())
             try:
                 print(json.dumps(_execute(config, runtime), ensure_ascii=False), flush=True)
             except Exception as failure:  # the next run may succeed
@@ -64,6 +66,17 @@ def sweep(arguments: argparse.Namespace) -> None:
         ranking = summary.of_sweep(arguments.config, result, best)
         runtime.console.print(ranking, highlight=False, soft_wrap=True, markup=False)
         print(json.dumps(result, ensure_ascii=False), flush=True)
+
+
+def _stay_up(runtime: Runtime, until: float) -> None:
+    """Wait until a time, in seconds since the epoch. An embedded MLflow server that ends is started again.
+
+    Raises ServiceFailed if the embedded Ray ends.
+    """
+    while (left := until - time.time()) > 0:
+        time.sleep(min(left, CHECK_SECONDS))
+        if line := runtime.services.check():
+            runtime.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _execute(config: PipelineConfig, runtime: Runtime) -> RunResult:

@@ -6,6 +6,7 @@ newest one that did not beat it.
 
 import math
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 CHAMPION, CHALLENGER = "champion", "challenger"
 PYFUNC_REQUIREMENTS = ["gigatoken", "numpy", "pydantic", "safetensors", "tokenizers", "torch"]  # besides this package
 PREVIOUS_TAG = "previous_champion"  # on a champion: the version that had the alias before
+PROMOTED_TAG = "promoted_at"  # on each version that became the champion here: seconds since the epoch
+RETURNED_TAG = "returned_at"  # on each version that a rollback made the champion: seconds since the epoch
 
 
 @dataclass(frozen=True)
@@ -102,24 +105,49 @@ def promote(candidate: Version, score_champion: Callable[[Version], float]) -> t
     challenger = resolve(candidate.name, CHALLENGER)
     if challenger and challenger.version == candidate.version:
         client.delete_registered_model_alias(candidate.name, CHALLENGER)
+    client.set_model_version_tag(candidate.name, candidate.version, PROMOTED_TAG, repr(time.time()))
     client.set_registered_model_alias(candidate.name, CHAMPION, candidate.version)
     return True, reason
 
 
-def rollback(name: str) -> Version:
-    """Move `@champion` back to the version that had it before. Raises UserError if there is none."""
+def rollback(name: str, to: str | None = None) -> Version:
+    """Move `@champion` to the version `to`, or back to the one that had it before. Raises UserError if there is none.
+
+    If the alias was moved by hand, that is the version that was promoted, or returned to by a rollback, last.
+    """
     from mlflow import MlflowClient
 
     champion = resolve(name, CHAMPION)
     if champion is None:
         raise UserError(f"model {name!r} has no @{CHAMPION}")
-    if champion.previous is None:
+    target = to or champion.previous or _last_promoted(champion)
+    if target is None:
         raise UserError(
             f"model {name!r}: version {champion.version} is the first champion: there is no version to roll back to"
         )
+    version = find(f"{name}:{target}")  # which may not exist, or not any more
     client = MlflowClient()
-    client.set_registered_model_alias(name, CHAMPION, champion.previous)
-    return _version(client.get_model_version(name, champion.previous))
+    client.set_model_version_tag(name, version.version, RETURNED_TAG, repr(time.time()))
+    client.set_registered_model_alias(name, CHAMPION, version.version)
+    return version
+
+
+def _last_promoted(champion: Version) -> str | None:
+    """Return the version that was promoted last before the champion; None without one.
+
+    If the champion never was, the alias was moved to it: return the version that was promoted or returned to last.
+    """
+    from mlflow import MlflowClient
+
+    entities = MlflowClient().search_model_versions(f"name = '{champion.name}'")
+    tags = {str(entity.version): entity.tags for entity in entities}
+    times = {version: float(each[PROMOTED_TAG]) for version, each in tags.items() if PROMOTED_TAG in each}
+    before = times.pop(champion.version, math.inf)
+    if before == math.inf:
+        returned = {version: float(each[RETURNED_TAG]) for version, each in tags.items() if RETURNED_TAG in each}
+        times |= {version: at for version, at in returned.items() if version != champion.version}
+    earlier = {version: at for version, at in times.items() if at < before}
+    return max(earlier, key=earlier.__getitem__, default=None)
 
 
 def exists(name: str, version: str, bundle: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gru.errors import UserError
-from gru.network import free_port, is_local_address, require_bindable
+from gru.network import free_port, is_local_address, require_bindable, url_of
 
 OPTION = "--set serve.port=PORT"
 FIRST_UNPRIVILEGED = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
@@ -22,6 +22,13 @@ def refusal(host: str, port: int) -> str:
 def test_a_free_port_is_bindable() -> None:
     require_bindable("127.0.0.1", free_port(), OPTION)
     require_bindable("localhost", free_port(), OPTION)
+
+
+def test_addresses_of_ipv6_work_and_have_brackets_in_urls() -> None:
+    require_bindable("::1", free_port(), OPTION)
+    assert is_local_address("::1") and not is_local_address("2001:db8::1")
+    assert refusal("2001:db8::1", 8000).startswith("2001:db8::1 is not an address of this machine")
+    assert url_of("::1", 80) == "http://[::1]:80" and url_of("localhost", 80) == "http://localhost:80"
 
 
 def test_a_port_in_use_is_named_with_its_option() -> None:

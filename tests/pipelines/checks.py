@@ -25,7 +25,11 @@ def assert_weights_are_those_of_training_alone(pipeline: Pipeline) -> None:
     torch.set_num_threads(config.train.threads)
     undisturbed = Learner(config.model, config.train, vocab_size, end_of_text)
     order = LaneOrder(
-        [s.tokens for s in segments], config.train.seed, config.train.batch_size, config.train.sequence_length
+        [segment.tokens for segment in segments],
+        config.train.seed,
+        config.train.batch_size,
+        config.train.sequence_length,
+        dataset.segment_weights("train"),
     )
     with LaneReader(order, lambda i: dataset.read_segment(segments[i]), end_of_text, undisturbed.lanes) as reader:
         for step in range(config.train.steps):

@@ -1,6 +1,7 @@
 """The `gru` command: its help, its arguments, and the commands that need no service."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,21 @@ from pipelines import cli
 
 GRU = [sys.executable, "-c", "from pipelines.cli import main; main()"]
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["run", "schedule", "sweep", "cancel", "down", "status", "lineage", "schema", "generate", "rollback", "key"]
+COMMANDS = [
+    "run",
+    "schedule",
+    "sweep",
+    "cancel",
+    "down",
+    "init",
+    "look",
+    "status",
+    "lineage",
+    "schema",
+    "generate",
+    "rollback",
+    "key",
+]
 
 
 def gru(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -36,6 +51,30 @@ def test_each_argument_of_a_command_has_help(command: str) -> None:
     assert [action.dest for action in actions if not action.help] == []
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    script = """
+import os, signal, sys
+from pipelines import cli, commands
+def show(arguments):
+    print([signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGHUP, signal.SIGTERM)])
+commands.schema = show
+sys.argv = ["gru", "schema"]
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[True, False]\n", done.stderr
+
+
+@pytest.mark.parametrize("key", ["gru-a b", "gru-\u00e4", "gru-a\nb"])
+def test_a_malformed_api_key_is_an_error_that_does_not_show_it(tmp_path: Path, key: str) -> None:
+    (tmp_path / "c.toml").write_text('[corpus]\nsources = ["a.txt"]\n')
+    command = [*GRU, "generate", str(tmp_path / "c.toml"), "x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "GRU_API_KEY": key})
+    assert done.returncode == 2 and done.stderr.startswith("error: GRU_API_KEY: must be one word"), done.stderr
+    assert key not in done.stderr
+
+
 def test_schema_prints_the_json_schema_of_the_configuration() -> None:
     done = gru("schema")
     assert (done.returncode, done.stderr) == (0, "")
@@ -46,6 +85,7 @@ def test_schema_prints_the_json_schema_of_the_configuration() -> None:
     ("arguments", "message"),
     [
         (["sweep", "C", "--at-once=0"], "argument --at-once: '0' must be an integer >= 1"),
+        (["init", "P", "--minutes=0"], "argument --minutes: '0' must be a number > 0"),
         (["run", "C", "--ray-port=65536"], "argument --ray-port: '65536' must be a port number, 1 to 65535"),
         (["run", "C", "--mlflow-port=http"], "argument --mlflow-port: 'http' must be a port number, 1 to 65535"),
     ],

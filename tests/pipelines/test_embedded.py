@@ -1,13 +1,17 @@
 """The embedded Ray head and MLflow server, as real processes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gru.network import free_port
-from pipelines import embedded
+from pipelines import embedded, service
+from pipelines.service import EmbeddedService, ServiceFailed, identify
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 USE = """
@@ -44,3 +48,76 @@ def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_us
         assert not [process for process in processes if process.is_running()]
     finally:
         embedded.down(str(tmp_path))
+
+
+def small_services(directory: Path, monkeypatch: pytest.MonkeyPatch) -> embedded.Services:
+    """Return services with a small HTTP server, a child of a shell, in place of MLflow; it is not started."""
+    (directory / "pages").mkdir(parents=True)
+    (directory / "pages" / "health").touch()
+
+    def command(_: Path, port: int) -> list[str]:
+        server = f"{sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {directory / 'pages'}"
+        return ["/bin/sh", "-c", f"{server} & wait"]
+
+    monkeypatch.setattr(embedded, "_mlflow_command", command)
+    monkeypatch.setattr(service, "STOP_SECONDS", 1)  # then the child of a shell that was terminated is killed
+    mlflow = EmbeddedService("mlflow", directory / embedded.DIRECTORY)
+    return embedded.Services("", f"http://127.0.0.1:{free_port()}", {}, [mlflow])
+
+
+def test_an_mlflow_is_started_again_even_if_a_process_of_it_still_has_the_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = small_services(tmp_path, monkeypatch)
+    [mlflow] = services.embedded
+    try:
+        embedded._start_mlflow(mlflow, int(services.mlflow.rpartition(":")[2]))
+        mlflow.wait(embedded._mlflow_probe(services.mlflow))
+        mlflow.join()
+        assert services.check() is None
+        [leader, child] = sorted(mlflow.processes(), key=lambda process: process != mlflow.process())
+        leader.kill()
+        wait_until("its end", lambda: not mlflow.process())
+        assert services.check() == "MLflow had ended; it is up again"
+        wait_until("its child", lambda: len(mlflow.processes()) == 2)
+        assert services.check() is None and not child.is_running()
+    finally:
+        services.leave()
+    assert not mlflow.processes() and not mlflow.record.exists()
+
+
+def test_an_mlflow_that_does_not_start_again_does_not_stop_the_endpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = small_services(tmp_path, monkeypatch)
+    [mlflow] = services.embedded
+    monkeypatch.setattr(embedded, "_mlflow_command", lambda directory, port: ["/bin/false"])
+    mlflow.directory.mkdir()
+    mlflow.record.write_text("{}")
+    assert "the endpoint serves without it" in (services.check() or "")
+    assert services.check() is None  # told once, and tried again later
+    services.restart_after = 0
+    assert "mlflow.log" in (services.check() or "")
+    services.leave()
+
+
+def test_what_gru_down_stopped_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    services = small_services(tmp_path, monkeypatch)
+    with pytest.raises(ServiceFailed, match="`gru down` stopped mlflow"):
+        services.check()
+
+
+def test_a_failed_start_keeps_the_other_users_of_a_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [mlflow] = small_services(tmp_path, monkeypatch).embedded
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        user = identify(psutil.Process(other.pid))
+        mlflow.directory.mkdir()
+        mlflow.record.write_text(json.dumps({"process": [user[0], 0], "url": "", "users": [user]}))
+        monkeypatch.setattr(embedded, "_mlflow_command", lambda directory, port: ["/bin/false"])
+        with pytest.raises(ServiceFailed, match="mlflow did not start"):
+            embedded._start(str(tmp_path), "http://ray", None, 1, free_port(), lambda line: None)
+        assert json.loads(mlflow.record.read_text())["users"] == [user]
+    finally:
+        other.kill()
+        other.wait()

@@ -15,6 +15,7 @@ import openai
 import psutil
 import pytest
 
+from pipelines import embedded
 from tests.pipelines.pipeline import GRU, ROOT, Pipeline
 from tests.waiting import wait_until
 
@@ -105,8 +106,18 @@ def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> N
     assert served() == ("2" if result["promoted"] else "1")
     client = mlflow.MlflowClient(pipeline.tracking)
     client.set_registered_model_alias("fables", "champion", "2")
-    client.set_model_version_tag("fables", "2", "previous_champion", "1")
     wait_until("version 2", lambda: served() == "2", 30)
     rollback = subprocess.run([*GRU, "rollback", pipeline.config], capture_output=True, text=True)
     assert rollback.returncode == 0, rollback.stderr
     wait_until("version 1", lambda: served() == "1", 30)
+
+
+def test_an_mlflow_that_ended_is_started_again_with_the_same_users(pipeline: Pipeline) -> None:
+    [_, mlflow_service] = embedded.services(pipeline.storage / embedded.DIRECTORY)
+    for process in mlflow_service.processes():
+        process.kill()
+    wait_until("MLflow again", lambda: "MLflow had ended; it is up again" in pipeline.stderr, 60)
+    assert mlflow.MlflowClient(pipeline.tracking).get_experiment_by_name("fables")
+    assert pipeline.process and pipeline.process.pid in [
+        user[0] for user in json.loads(mlflow_service.record.read_text())["users"]
+    ]

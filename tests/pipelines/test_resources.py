@@ -47,7 +47,7 @@ def test_a_driver_reserves_the_resources_of_its_stage(resources: Resources, gran
 
 def test_each_replica_gets_the_resources_of_serve(fables: Path, tmp_path: Path) -> None:
     def options(config: PipelineConfig) -> dict[str, Any]:
-        built = deployment.application(config.serve, config.resources.serve, "poet", "http://mlflow:5000")
+        built = deployment.application(config.serve, config.resources.serve, "poet", "http://mlflow:5000", "s3://gru")
         [replica] = build_app(built, name="gru").deployments
         return replica.ray_actor_options
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from gru.corpus.tokenizer import Tokenizer
 from gru.errors import UserError
@@ -55,6 +56,20 @@ def test_versions_are_promoted_and_rolled_back(tmp_path: Path, tokenizer: Tokeni
     assert versions.rollback("m").version == "4"
     assert versions.rollback("m").version == "1"
     assert aliases() == ("1", None)
+    with pytest.raises(UserError, match="version 1 is the first champion"):
+        versions.rollback("m")
+    assert versions.rollback("m", to="5").version == "5"
+    with pytest.raises(UserError, match="m:77"):
+        versions.rollback("m", to="77")
+    MlflowClient().set_registered_model_alias("m", versions.CHAMPION, "3")  # by hand: it was never promoted
+    assert versions.rollback("m").version == "5", "the version that was promoted last"
+    assert versions.rollback("m").version == "4"
+    MlflowClient().set_registered_model_alias("m", versions.CHAMPION, "3")
+    assert versions.rollback("m").version == "4", "not 5, from which a rollback led away"
+    assert versions.rollback("m", to="3").version == "3" and versions.rollback("m").version == "4"
+    MlflowClient().delete_model_version("m", "1")
+    with pytest.raises(UserError, match="m:1"):
+        versions.rollback("m")
 
 
 def test_a_version_is_downloaded_and_loads_as_a_pyfunc(tmp_path: Path, tokenizer: Tokenizer, mlflow_store: str) -> None:
