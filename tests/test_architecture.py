@@ -12,8 +12,20 @@ import pytest
 from tests.import_graph import ImportGraph, attribute_paths, imported_names
 
 ROOT = Path(__file__).parent.parent
-GROUND = ["config", "errors", "storage", "digests", "cluster", "network", "native", "nvrtc", "ray_internals"]
-PACKAGES = ["model", "corpus", "generation", "registry", "training", "evaluation", "serving", "comparison"]
+GROUND = [
+    "config",
+    "errors",
+    "chat",
+    "storage",
+    "digests",
+    "cluster",
+    "network",
+    "machine",
+    "native",
+    "nvrtc",
+    "ray_internals",
+]
+PACKAGES = ["model", "corpus", "generation", "registry", "training", "proposal", "evaluation", "serving", "comparison"]
 LAYERS = [
     ["gru", *(f"gru.{module}" for module in GROUND)],
     *([f"gru.{package}"] for package in PACKAGES),
@@ -29,12 +41,20 @@ PLAIN = [
     "gru.corpus.batches",
     "gru.corpus.dataset",
     "gru.corpus.documents",
+    "gru.corpus.dropped",
     "gru.corpus.duplicates",
+    "gru.corpus.leftovers",
+    "gru.corpus.rewrite",
+    "gru.corpus.selection",
     "gru.corpus.shards",
-    "gru.corpus.sources",
+    "gru.corpus.listing",
+    "gru.corpus.partitions",
+    "gru.corpus.preview",
     "gru.corpus.tokenizer",
+    "gru.corpus.tokenizer_sample",
     "gru.evaluation.memorization",
     "gru.evaluation.ngram",
+    "gru.proposal",
     "gru.training.checkpoint",
     "gru.training.learner",
 ]

@@ -16,6 +16,7 @@ from ray.autoscaler._private.util import validate_config
 
 from gru import config as configuration
 from gru.config import content_key
+from jobs import entry
 from tests.infra.files import (
     COMPOSE,
     CONFIG_PATH,
@@ -229,7 +230,7 @@ def test_the_service_is_what_serve_deploys(pipeline: Path, monkeypatch: pytest.M
     [service] = manifests("RayService")
     schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     [application] = schema.applications
-    config = configuration.load(pipeline)
+    config = entry.load_config(str(pipeline), [])
     assert (schema.http_options.host, schema.http_options.port) == (config.serve.host, config.serve.port)
     assert application.name == deployment.APP and application.args == {"config": CONFIG_PATH}
     module, _, builder = application.import_path.partition(":")
@@ -237,5 +238,5 @@ def test_the_service_is_what_serve_deploys(pipeline: Path, monkeypatch: pytest.M
     built = getattr(importlib.import_module(module), builder)({"config": str(pipeline)})
     [generator] = build_app(built, name=application.name).deployments
     assert generator.name == "Generator"
-    settings = content_key(config.serve, config.resources.serve)
-    assert generator.init_args == (config.serve, config.model_name, "http://mlflow:5000", settings)
+    settings = content_key(config.serve, config.resources.serve, config.storage)
+    assert generator.init_args == (config.serve, config.model_name, "http://mlflow:5000", config.storage, settings)
