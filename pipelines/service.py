@@ -139,7 +139,7 @@ def _find(identity: list[int] | None) -> psutil.Process | None:
 
 
 def stop(services: list[EmbeddedService]) -> list[str]:
-    """Stop the services with all their processes. Return the names of those that were running."""
+    """Stop the services with all their processes. Return the names of the services that were running."""
     running = end(services)
     for service in services:
         service.record.unlink(missing_ok=True)
@@ -147,7 +147,7 @@ def stop(services: list[EmbeddedService]) -> list[str]:
 
 
 def end(services: list[EmbeddedService]) -> list[str]:
-    """End all processes of the services, and keep their records. Return the names of those that were running."""
+    """End all processes of the services, and keep their records. Return the names of the services that were running."""
     running = {service.name: service.processes() for service in services}
     processes = [process for members in running.values() for process in members]
     for service in services:

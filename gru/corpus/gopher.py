@@ -96,7 +96,7 @@ class _Grams(NamedTuple):
     n: int
     starts: Array  # [occurrences], ascending: the word that each begins with
     groups: Array  # [occurrences]: the same number for equal ones
-    first: Array  # [groups]: the word that the first of equal ones begins with; also of those that occur once
+    first: Array  # [groups]: index of the first word of the first n-gram of each group, groups of one included
     counts: Array  # [groups]: how many are equal
 
 

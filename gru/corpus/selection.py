@@ -26,7 +26,7 @@ class Selection:
     """What is to be changed in the drafts, by partition; the others stay as they are."""
 
     removed: dict[int, dict[str, Array]] = field(default_factory=dict)
-    """Masks [documents] of those that do not stay, by partition and reason; a document is in at most one."""
+    """Masks [documents] of the documents to remove, by partition and reason; a document is in at most one mask."""
     hold_out: dict[int, HoldOut] = field(default_factory=dict)
     heldout_by: HeldoutBy = "hash"
     dropped: Counter[str] = field(default_factory=Counter)

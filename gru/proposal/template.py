@@ -50,7 +50,7 @@ class TemplateChoice(NamedTuple):
 
 
 def flatten(record: Any) -> tuple[Record, set[str]]:
-    """Return the fields of a record that hold text, and the names of those that hold a chat."""
+    """Return the fields of a record that hold text, and the names of the fields that hold a chat."""
     fields: Record = {}
     chats: set[str] = set()
     if isinstance(record, dict):

@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import lzma
-import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -329,15 +328,3 @@ def test_the_delimiter_is_that_of_the_files_own_extension(tmp_path: Path) -> Non
     assert texts(path) == texts(str(tmp_path / "x.tsv")) == ["one", "two, three"]
     packed = write(tmp_path / "y.tsv.d" / "a.csv.gz", gzip.compress(rows))
     assert texts(packed) == ["one", "two, three"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every directory")
-def test_a_directory_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
-    write(tmp_path / "data" / "a.txt", b"one")
-    write(tmp_path / "data" / "closed" / "b.txt", b"two")
-    (tmp_path / "data" / "closed").chmod(0)
-    try:
-        with pytest.raises(UserError, match="closed"):
-            read(str(tmp_path / "data"))
-    finally:
-        (tmp_path / "data" / "closed").chmod(0o700)
