@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse
 
 FOLDER = Path(__file__).parent
 STYLE_LINK = '<link rel="stylesheet" href="playground.css">'
-SCRIPT_LINK = '<script type="module" src="playground.js"></script>'
+SCRIPT_LINK = re.compile(r'<script src="([a-z]+\.js)"></script>')
 
 
 def add_to(app: FastAPI) -> None:
@@ -29,17 +29,20 @@ def add_to(app: FastAPI) -> None:
 
 
 def page_html() -> str:
-    """Return index.html with its style sheet and script included in it."""
-    html, style, script = (
-        (FOLDER / name).read_text(encoding="utf-8") for name in ("index.html", "playground.css", "playground.js")
-    )
-    assert html.count(STYLE_LINK) == html.count(SCRIPT_LINK) == 1
+    """Return index.html with its style sheet and scripts included in it."""
+    html, style = (read(name) for name in ("index.html", "playground.css"))
+    assert html.count(STYLE_LINK) == 1
     html = html.replace(STYLE_LINK, f"<style>\n{style}</style>")
-    return html.replace(SCRIPT_LINK, f'<script type="module">\n{script}</script>')
+    return SCRIPT_LINK.sub(lambda link: f"<script>\n{read(link[1])}</script>", html)
+
+
+def read(name: str) -> str:
+    """Return the content of a file of the page."""
+    return (FOLDER / name).read_text(encoding="utf-8")
 
 
 def policy(html: str) -> str:
-    """Return the Content-Security-Policy that allows the page's own style and script, by their hashes, and its server.
+    """Return the Content-Security-Policy that allows the page's own style and scripts, by their hashes, and its server.
 
     Reference: https://www.w3.org/TR/CSP3/.
     """

@@ -107,14 +107,21 @@ class Site:
         self._open = ExitStack()
         self.url = self._open.enter_context(listening(self.network))
 
-    def serve(self, model: torch.nn.Module, version: str = "3") -> Engine:
+    def serve(self, model: torch.nn.Module, version: str = "3", alias: str = "champion") -> Engine:
+        """Serve the model as the version that has the alias."""
         engine = Engine(model, TOKENIZER.end_of_text, 4, 4)  # type: ignore[arg-type]
         self.engines.append(engine)
         values = {"name": "poet", "version": version, "run_id": "r1", "bits_per_byte": 2.5, "created": 17}
         others = {name: "" for name in Version.__dataclass_fields__ if name not in values}
         bundle = Bundle(model, TOKENIZER, LINEAGE, f"digest {version}")  # type: ignore[arg-type]
-        self._models[:] = [LoadedModel(engine, bundle, Version(**values, **others))]  # type: ignore[arg-type]
+        rest = [each for each in self._models if each.alias != alias]
+        new = LoadedModel(engine, bundle, Version(**values, **others), alias)  # type: ignore[arg-type]
+        self._models[:] = [new, *rest] if alias == "champion" else [*rest, new]
         return engine
+
+    def withdraw(self, alias: str) -> None:
+        """Serve no version that has the alias."""
+        self._models[:] = [each for each in self._models if each.alias != alias]
 
     def answer(self, **fields: Any) -> Any:
         return httpx.post(f"{self.url}/v1/completions", json=fields, timeout=60).json()["choices"][0]["text"]
