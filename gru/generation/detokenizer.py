@@ -28,6 +28,15 @@ class Detokenizer:
         self._tokens += 1
         return self._release(self._decoder.decode(self._token_bytes[token]))
 
+    def resume(self, held: bytes) -> None:
+        """Begin with text that an earlier part of the stream has held back."""
+        self._held = self._decoder.decode(held)
+        self.decoded = len(self._held)
+
+    def hold(self) -> bytes:
+        """Return the text held back so far, for a later part of the stream."""
+        return self._held.encode() + self._decoder.getstate()[0]
+
     def finish(self) -> str:
         """Return the text held back, at the end of the stream. Bytes that form no character become U+FFFD."""
         text = self._release(self._decoder.decode(b"", final=True)) + self._held

@@ -6,9 +6,9 @@ chunk between two steps, so that a long prompt delays neither the streams that g
 prefill).
 
 A token depends on (weights, prompt, seed, position) and on nothing else, bit for bit: a prompt is read alone and
-always in the same chunks, sampling looks at one row, and steps are computed only at widths (numbers of rows, some of
-them unused) at which each row has the same bits as at the full width. Those widths are measured when an engine is
-created. A session resumes from its own state, and its texts are as if they had been one.
+always in the same chunks, sampling looks at one row, and a row has the same bits in a step of any width (number of
+rows): inference.c sees to that, and with torch those widths are used (some rows unused) at which it was measured when
+the engine was created. A session resumes from its own state, and its texts are as if they had been one.
 T time, L layers, S rows (slots), H state, V vocabulary.
 """
 
@@ -28,7 +28,7 @@ from gru.generation.request import Finish, Request, TokenStream
 from gru.generation.sampling import History, logprobs, sample
 from gru.generation.state_cache import CachedState, StateCache, prefix_keys, turn_key
 from gru.generation.widths import reproducible_widths
-from gru.model.inference import NativeModel
+from gru.model.inference import NativeModel, NativeStreams
 from gru.model.language_model import GRULanguageModel
 
 CHUNK = 64  # prompt tokens read between two steps: they take about as long as a few steps
@@ -92,8 +92,9 @@ class Engine:
         self._slots = slots
         full_width = min(max(SMALLEST_FULL_WIDTH, 1 << (slots - 1).bit_length()), LARGEST_WIDTH)
         with torch.inference_mode():
-            self._widths = reproducible_widths(model, full_width)
             self._state_LSH = model.initial_state(math.ceil(slots / full_width) * full_width)
+            self._native = NativeStreams(model, self._state_LSH, full_width) if isinstance(model, NativeModel) else None
+            self._widths = [full_width] if self._native else reproducible_widths(model, full_width)
             self._tokens_TS = torch.full_like(self._state_LSH[:1, :, 0], end_of_text, dtype=torch.int64)
         self._rows: list[TokenStream] = []  # the i-th owns row i of the state
         self._reading: deque[TokenStream] = deque()  # streams in a slot whose prompt is being read
@@ -228,8 +229,7 @@ class Engine:
             stream.over = True
             if stream in self._queue:
                 self._queue.remove(stream)
-        error = "the request exceeded its time limit"
-        return [Notification(stream, Expired(error)) for stream in late]
+        return [Notification(stream, Expired("the request exceeded its time limit")) for stream in late]
 
     def _begin(self, stream: TokenStream) -> list[Notification]:
         """Set what the stream reads, and the state from which it starts: a cached one, or an empty one. End a stream
@@ -247,6 +247,8 @@ class Engine:
             assert resumed.unread_token is not None
             stream.resumed, stream.position = resumed.tokens, resumed.position
             stream.inputs[0] = resumed.unread_token
+            if request.held_text and resumed.held and not request.prompt:
+                request.held_text.resume(resumed.held)
             if request.turn and request.prompt and resumed.unread_token == self._end_of_text:
                 del stream.inputs[0]
         elif longest := next((n for n in range(len(keys), 0, -1) if keys[n - 1] in self.cache), 0):
@@ -262,10 +264,13 @@ class Engine:
 
     def _step(self, start: int, streams: list[TokenStream]) -> list[Notification]:
         """Generate one token for each of these streams, whose rows begin at `start`."""
+        tokens = [stream.last_token for stream in streams]
+        if self._native:
+            return self._accept(streams, self._native.read(start, tokens))
         width = next(width for width in self._widths if width >= len(streams))
         tokens_TS = self._tokens_TS[:, start : start + width]
         state_LSH = self._state_LSH[:, start : start + width]
-        tokens_TS[0, : len(streams)] = torch.tensor([stream.last_token for stream in streams])
+        tokens_TS[0, : len(streams)] = torch.tensor(tokens)
         x_TSE, after_LSH = self._model.features(tokens_TS, state_LSH)
         state_LSH.copy_(after_LSH)
         return self._accept(streams, to_numpy(self._model.logits(x_TSE)[0, : len(streams)]))
@@ -273,8 +278,7 @@ class Engine:
     def _read(self) -> list[Notification]:
         """Read about a chunk of prompts, in rotation. Where a prompt ends, generate the first token."""
         notifications: list[Notification] = []
-        budget = CHUNK
-        visited = 0
+        budget, visited = CHUNK, 0
         while budget > 0 and visited < len(self._reading):
             stream = self._reading[visited]
             visited += 1
@@ -374,7 +378,7 @@ class Engine:
             tokens = stream.resumed + len(stream.request.prompt) + stream.generated
             stopped = stream.finish == "stop" and stream.last_token != self._end_of_text
             history = stream.history.save() if stream.history else None
-            state = CachedState(state_L1H, stream.last_token, tokens, stream.position, history, stopped)
+            state = CachedState(state_L1H, stream.last_token, tokens, stream.position, history, stopped, stream.held)
             self.cache.put(stream.save_key, state)
 
 

@@ -36,6 +36,17 @@ class Receiver(Protocol):
         """
 
 
+class HeldText(Protocol):
+    """The text that a request of a session holds back at its end, since the next one may complete it: part of a
+    character, or the beginning of a stop string. The engine's thread makes all calls."""
+
+    def resume(self, held: bytes) -> None:
+        """Begin the text with what the request before held back; called before the first token."""
+
+    def hold(self) -> bytes:
+        """Return the text to hold back, in UTF-8; called after the last token, if `max_tokens` is reached."""
+
+
 class Turn(NamedTuple):
     """A request's place in a conversation. The state after each turn has a name of its own and never changes, so that
     a conversation may continue from any of its turns, more than once."""
@@ -67,6 +78,8 @@ class Request:
     session: str | None = None
     """Name of a session. The request resumes from the state after the session's last request, if that state is still
     cached, instead of from the beginning of a document. Its own last state is saved if it ends without error."""
+    held_text: HeldText | None = None
+    """What holds text back between the requests of the session; a request with a prompt does not resume from it."""
     turn: Turn | None = None
     """Its place in a conversation; not together with `session`."""
 
@@ -118,6 +131,12 @@ class TokenStream:
     def draw(self) -> Draw:
         """What determines the next token besides its logits."""
         return Draw(self.request.params, self.position, self.history, self.position - self.generated)
+
+    @property
+    def held(self) -> bytes:
+        """Text that it holds back for the next request of its session."""
+        held_text = self.request.held_text
+        return held_text.hold() if held_text and self.finish == "length" else b""
 
     @property
     def cached_prompt_tokens(self) -> int:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gru import native
+from gru.errors import UserError
 
 SOURCE = Path(__file__).with_name("sampling.c")
 
@@ -58,9 +59,17 @@ class SamplingParams:
     """Token that ends a document; required with min_tokens."""
 
     def __post_init__(self) -> None:
-        assert self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1
-        assert 0 <= self.min_p <= 1 and self.repetition_penalty > 0
+        """Raise UserError for a value that is out of range."""
         assert self.min_tokens == 0 or self.end_of_text is not None
+        for name, holds, requirement in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number >= 0"),
+            ("top_k", self.top_k >= 0, "an integer >= 0"),
+            ("top_p", 0 < self.top_p <= 1, "a number > 0 and <= 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0"),
+        ):
+            if not holds:
+                raise UserError(f"{name}: must be {requirement}, not {getattr(self, name)}")
 
     @property
     def has_penalties(self) -> bool:
@@ -150,9 +159,9 @@ def sample(logits_SV: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.
             exclude_unlikely(logits_SV[row], draws[row].params)
     if all(draw.params.temperature < GREEDY for draw in draws):
         return logits_SV.argmax(axis=1)
-    temperatures = np.array([max(draw.params.temperature, GREEDY) for draw in draws])
-    seeds = np.array([draw.params.seed & MASK for draw in draws], np.uint64)
-    positions = np.array([draw.position for draw in draws], np.uint64)
+    temperatures = [max(draw.params.temperature, GREEDY) for draw in draws]
+    seeds = [draw.params.seed & MASK for draw in draws]
+    positions = [draw.position for draw in draws]
     library = _library()
     draw_rows = partial(draw_native, library) if library else draw_numpy
     tokens_S = draw_rows(logits_SV, temperatures, seeds, positions)
@@ -208,16 +217,13 @@ def logprobs(logits_V: NDArray[np.float32], token: int, top: int) -> Logprobs:
 
 
 def draw_numpy(
-    logits_SV: NDArray[np.float32],
-    temperatures_S: NDArray[np.float64],
-    seeds_S: NDArray[np.uint64],
-    positions_S: NDArray[np.uint64],
+    logits_SV: NDArray[np.float32], temperatures: Sequence[float], seeds: Sequence[int], positions: Sequence[int]
 ) -> NDArray[np.int64]:
     """Return the argmax [S] of each row's logits / temperature + the noise of (seed, position)."""
     tokens = np.zeros(len(logits_SV), np.int64)
-    for row, (seed, position) in enumerate(zip(seeds_S.tolist(), positions_S.tolist(), strict=True)):
+    for row, (temperature, seed, position) in enumerate(zip(temperatures, seeds, positions, strict=True)):
         noise_V = gumbel_noise(mix(mix(seed) + position), logits_SV.shape[1])
-        tokens[row] = (logits_SV[row] / temperatures_S[row] + noise_V).argmax()
+        tokens[row] = (logits_SV[row] / np.float64(temperature) + noise_V).argmax()
     return tokens
 
 
@@ -238,19 +244,25 @@ def gumbel_noise(key: int, vocab_size: int) -> NDArray[np.float64]:
 def draw_native(
     library: ctypes.CDLL,
     logits_SV: NDArray[np.float32],
-    temperatures_S: NDArray[np.float64],
-    seeds_S: NDArray[np.uint64],
-    positions_S: NDArray[np.uint64],
+    temperatures: Sequence[float],
+    seeds: Sequence[int],
+    positions: Sequence[int],
 ) -> NDArray[np.int64]:
     """Return what `draw_numpy` returns, computed by sampling.c: ten times as fast, with one release of the GIL."""
     rows, vocab_size = logits_SV.shape
     stride, element = logits_SV.strides
     assert element == logits_SV.itemsize and logits_SV.dtype == np.float32
     tokens = np.zeros(rows, np.int64)
-    pointers = (
-        ctypes.c_void_p(array.ctypes.data) for array in (logits_SV, temperatures_S, seeds_S, positions_S, tokens)
+    library.draw(
+        ctypes.c_int64(rows),
+        ctypes.c_int64(vocab_size),
+        ctypes.c_int64(stride // element),
+        ctypes.c_void_p(logits_SV.ctypes.data),
+        (ctypes.c_double * rows)(*temperatures),  # for few rows faster than arrays of numpy
+        (ctypes.c_uint64 * rows)(*seeds),
+        (ctypes.c_uint64 * rows)(*positions),
+        ctypes.c_void_p(tokens.ctypes.data),
     )
-    library.draw(ctypes.c_int64(rows), ctypes.c_int64(vocab_size), ctypes.c_int64(stride // element), *pointers)
     return tokens
 
 

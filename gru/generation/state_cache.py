@@ -28,10 +28,12 @@ class CachedState(NamedTuple):
     """Those tokens, for penalties."""
     stopped: bool = False
     """Whether the text ended with a stop string, which led to the state, too."""
+    held: bytes = b""
+    """Text that the request has held back."""
 
     @property
     def nbytes(self) -> int:
-        return self.state_L1H.nbytes + (self.history.nbytes if self.history else 0)
+        return self.state_L1H.nbytes + (self.history.nbytes if self.history else 0) + len(self.held)
 
 
 class StateCache:

@@ -1,20 +1,22 @@
 /* The language model for inference: states and tokens in, states and logits out, no gradients.
 
-   Weights of matrix products are bf16, two of them in 32 bits, because the cost of a step is that of reading them;
-   all else is fp32, the sums too. A row's sums are added in one order, whatever rows are beside it, so its bits depend
-   neither on other rows nor on their number.
+   Weights of matrix products are bf16, because the cost of a step with few rows is that of reading them. With -DBF16,
+   which needs AVX512-BF16, what they are multiplied with is rounded to bf16, too; sums, gates and states are fp32. A
+   row's sums are added in one order, whatever rows are beside it, and each of them by one thread. So its bits depend
+   neither on other rows, nor on their number, nor on the number of threads.
 
    native.py compiles it for the machine it runs on. N rows; T time steps, S streams, E embedding width, H hidden width,
    V vocabulary; E and H are multiples of UNITS. Equations: gru_layer.py, language_model.py. */
 
 #include <math.h>
-#include <string.h>
+#include <omp.h>
 
-#include "vectors.h"
+#include "factors.h"
 
-#if defined(__AVX512F__)
-enum { ROWS = 12 }; /* rows in a tile, whose sums nearly fill the registers */
-#elif defined(__aarch64__)
+/* Rows in a tile, whose sums nearly fill the registers. */
+#if defined(BF16)
+enum { ROWS = 8 };
+#elif defined(__AVX512F__) || defined(__aarch64__)
 enum { ROWS = 12 };
 #else
 enum { ROWS = 6 };
@@ -22,61 +24,86 @@ enum { ROWS = 6 };
 
 typedef struct {
     int64_t in, out;        /* out: rounded up to a multiple of UNITS; the width of a row of results */
-    const int32_t *weights; /* [out / UNITS, in, WIDTH]: low half unit i of a block, high half unit i + WIDTH */
+    const int32_t *weights; /* [out / UNITS, in, WIDTH] pairs of bf16, see Pair */
     const float *bias;      /* [out], or NULL */
 } Linear;
 
 typedef struct {
-    const float *norm;             /* [E] */
+    const float *norm;              /* [E] */
     Linear from_x, from_h, project; /* gates r, z, n, as in torch.nn.GRU; project.in is 0 without projection */
 } Layer;
 
 typedef struct {
-    int64_t L, E, H;
-    const float *embedding; /* [V, E] */
+    int64_t L, E, H, threads;
+    const float *embedding;  /* [V, E] */
+    const float *from_token; /* [V, from_x.out] results of the first layer's from_x for each token, or NULL */
     const Layer *layers;
     const float *norm; /* [E] */
     Linear output;
 } Model;
 
+/* Weights of UNITS units for DEPTH inputs. A pair of bf16 is that of two inputs of one unit, in two vectors; or, where
+   factors are fp32, that of units i (low half) and i + WIDTH (high half). */
+typedef struct {
+    factors left, right;
+} Pair;
+
+static inline Pair load_pair(const int32_t *weights) {
+#ifdef BF16
+    return (Pair){load_factors((const factor *)weights), load_factors((const factor *)(weights + WIDTH))};
+#else
+    const ints both = *(const ints *)weights;
+    return (Pair){(vec)(both << 16), (vec)(both & (int32_t)0xffff0000)};
+#endif
+}
+
 /* Multiply `rows` rows by `blocks` blocks of UNITS units. */
-static inline __attribute__((always_inline)) void tile(const Linear *linear, int64_t unit, const float *x, float *y,
+static inline __attribute__((always_inline)) void tile(const Linear *linear, int64_t unit, const factor *x, float *y,
                                                        const int rows, const int blocks) {
     const int32_t *weights = linear->weights + unit / 2 * linear->in;
-    vec sum[ROWS][4];
+    vec sum[ROWS][8];
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int half = 0; half < 2 * blocks; half++)
             sum[row][half] = linear->bias ? load(linear->bias + unit + half * WIDTH) : broadcast(0.0f);
-    for (int64_t k = 0; k < linear->in; k++) {
-#pragma GCC unroll 2
+    for (int64_t k = 0; k < linear->in; k += DEPTH) {
+#pragma GCC unroll 4
         for (int block = 0; block < blocks; block++) {
-            const ints both = *(const ints *)(weights + (block * linear->in + k) * WIDTH);
-            const vec low = (vec)(both << 16), high = (vec)(both & (int32_t)0xffff0000);
+            const Pair pair = load_pair(weights + (block * linear->in + k) * WIDTH);
 #pragma GCC unroll 12
             for (int row = 0; row < rows; row++) {
-                const vec factor = broadcast(x[row * linear->in + k]);
-                sum[row][2 * block] += factor * low;
-                sum[row][2 * block + 1] += factor * high;
+                const factors inputs = broadcast_factors(x + row * linear->in + k);
+                sum[row][2 * block] = multiply_add(sum[row][2 * block], inputs, pair.left);
+                sum[row][2 * block + 1] = multiply_add(sum[row][2 * block + 1], inputs, pair.right);
             }
         }
     }
 #pragma GCC unroll 12
     for (int row = 0; row < rows; row++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int half = 0; half < 2 * blocks; half++) store(y + row * linear->out + unit + half * WIDTH, sum[row][half]);
+}
+
+/* The part of a thread in [0, all): whole multiples of `multiple`. */
+typedef struct {
+    int64_t first, after;
+} Part;
+
+static Part part(int64_t all, int64_t multiple) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), parts = all / multiple;
+    return (Part){thread * parts / threads * multiple, (thread + 1) * parts / threads * multiple};
 }
 
 #define CASE(rows) \
     case rows: tile(linear, unit, x + row * linear->in, y + row * linear->out, rows < ROWS ? rows : ROWS, 1); break;
 
-/* y [N, out] = x [N, in] times the weights, plus the bias. */
-static void multiply(const Linear *linear, int64_t N, const float *x, float *y) {
-    int64_t unit = 0;
+/* y [N, out] = x [N, in] times the weights, plus the bias, for some of the units. */
+static void multiply(const Linear *linear, int64_t N, const factor *x, float *y, Part units) {
+    int64_t unit = units.first;
     if (N == 1) /* the sums of one row are too few to keep the processor busy */
-        for (; unit + 2 * UNITS <= linear->out; unit += 2 * UNITS) tile(linear, unit, x, y, 1, 2);
-    for (; unit < linear->out; unit += UNITS)
+        for (; unit + 4 * UNITS <= units.after; unit += 4 * UNITS) tile(linear, unit, x, y, 1, 4);
+    for (; unit < units.after; unit += UNITS)
         for (int64_t row = 0; row < N; row += ROWS) switch (N - row < ROWS ? N - row : ROWS) {
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
             }
@@ -88,57 +115,126 @@ static float sum_of(vec x) {
     return sum;
 }
 
-/* LayerNorm without bias, with torch's epsilon. */
-static void normalize(int64_t N, int64_t E, const float *x, const float *scale, float *y) {
-    for (const float *after = x + N * E; x < after; x += E, y += E) {
-        vec sum = broadcast(0.0f), squares = broadcast(0.0f);
-        for (int64_t i = 0; i < E; i += WIDTH) sum += load(x + i);
-        const float mean = sum_of(sum) / E;
-        for (int64_t i = 0; i < E; i += WIDTH) {
-            const vec from_mean = load(x + i) - mean;
-            squares += from_mean * from_mean;
-        }
-        const float factor = 1.0f / sqrtf(sum_of(squares) / E + 1e-5f);
-        for (int64_t i = 0; i < E; i += WIDTH) store(y + i, (load(x + i) - mean) * factor * load(scale + i));
+/* LayerNorm of a row, without bias, with torch's epsilon. */
+static void normalize(int64_t E, const float *x, const float *scale, factor *y) {
+    vec sum = broadcast(0.0f), squares = broadcast(0.0f);
+    for (int64_t i = 0; i < E; i += WIDTH) sum += load(x + i);
+    const float mean = sum_of(sum) / E;
+    for (int64_t i = 0; i < E; i += WIDTH) {
+        const vec from_mean = load(x + i) - mean;
+        squares += from_mean * from_mean;
+    }
+    const float per_deviation = 1.0f / sqrtf(sum_of(squares) / E + 1e-5f);
+    for (int64_t i = 0; i < E; i += WIDTH) store_rounded(y + i, (load(x + i) - mean) * per_deviation * load(scale + i));
+}
+
+/* Compute the products y [N, out] for the gates of some of the H units. */
+static void multiply_gates(const Linear *linear, int64_t N, int64_t H, const factor *x, float *y, Part units) {
+    if (units.after - units.first == H) return multiply(linear, N, x, y, (Part){0, linear->out});
+    for (int64_t gate = 0; gate < 3 * H; gate += H)
+        multiply(linear, N, x, y, (Part){gate + units.first, gate + units.after});
+}
+
+/* Compute some of the units of a stream's state [H] after a step, from the products of the input and of the state
+   before. rounded: [H] the state as factors. residual: [H] what the state is added to, or NULL. */
+static void step(int64_t H, const float *from_x, const float *from_h, float *state, factor *rounded, float *residual,
+                 Part units) {
+    for (int64_t i = units.first; i < units.after; i += WIDTH) {
+        const vec r = sigmoid(load(from_x + i) + load(from_h + i));
+        const vec z = sigmoid(load(from_x + H + i) + load(from_h + H + i));
+        const vec n = tanh_of(load(from_x + 2 * H + i) + r * load(from_h + 2 * H + i));
+        const vec h = n + z * (load(state + i) - n);
+        store(state + i, h);
+        store_rounded(rounded + i, h);
+        if (residual) store(residual + i, load(residual + i) + h);
     }
 }
 
-/* Compute the state [S, H] after a step, from the matrix products of the input and of the state before. */
-static void step(int64_t S, int64_t H, int64_t out, const float *from_x, const float *from_h, float *state) {
-    for (int64_t lane = 0; lane < S; lane++, from_x += out, from_h += out, state += H)
-        for (int64_t i = 0; i < H; i += WIDTH) {
-            const vec r = sigmoid(load(from_x + i) + load(from_h + i));
-            const vec z = sigmoid(load(from_x + H + i) + load(from_h + H + i));
-            const vec n = tanh_of(load(from_x + 2 * H + i) + r * load(from_h + 2 * H + i));
-            store(state + i, n + z * (load(state + i) - n));
+/* Where the threads of `features` keep what they compute. */
+typedef struct {
+    float *x;         /* [N, E] embeddings, to which each layer adds */
+    float *from_x;    /* [N, out] */
+    float *from_h;    /* [S, out] */
+    float *projected; /* [N, E] */
+    factor *inner;    /* [N, E] */
+    factor *outs;     /* [T + 1, S, H] states of a layer, of which the first are those before */
+} Scratch;
+
+/* A thread's part of one layer, whose states are `state` [S, H]. from_token: for the first layer, see Model. */
+static void advance(const Model *m, const Layer *l, int64_t T, int64_t S, const int64_t *tokens,
+                    const float *from_token, float *state, const Scratch *scratch) {
+    const int64_t N = T * S, E = m->E, H = m->H, out = l->from_x.out;
+    const Part rows = part(N, 1), streams = part(S, 1), units = part(H, UNITS), embedded = part(E, UNITS);
+    for (int64_t row = rows.first; row < rows.after && !from_token; row++)
+        normalize(E, scratch->x + row * E, l->norm, scratch->inner + row * E);
+    for (int64_t i = streams.first * H; i < streams.after * H; i += WIDTH)
+        store_rounded(scratch->outs + i, load(state + i));
+#pragma omp barrier
+    if (!from_token) multiply_gates(&l->from_x, N, H, scratch->inner, scratch->from_x, units);
+    for (int64_t t = 0; t < T; t++) {
+        factor *before = scratch->outs + t * S * H;
+        multiply_gates(&l->from_h, S, H, before, scratch->from_h, units);
+        for (int64_t stream = 0; stream < S; stream++) {
+            const int64_t row = t * S + stream;
+            const float *from_x = from_token ? from_token + tokens[row] * out : scratch->from_x + row * out;
+            float *residual = l->project.in ? NULL : scratch->x + row * E;
+            step(H, from_x, scratch->from_h + stream * out, state + stream * H, before + (S + stream) * H, residual,
+                 units);
         }
+#pragma omp barrier
+    }
+    if (!l->project.in) return;
+    multiply(&l->project, N, scratch->outs + S * H, scratch->projected, embedded);
+    for (int64_t row = 0; row < N; row++)
+        for (int64_t i = row * E + embedded.first; i < row * E + embedded.after; i += WIDTH)
+            store(scratch->x + i, load(scratch->x + i) + load(scratch->projected + i));
+#pragma omp barrier
 }
 
-/* Compute the input of the output layer, x [T, S, E], and the states [L, S, H] after `tokens` [T, S], in place.
+/* Compute the input of the output layer, y [T, S, E], and the states after `tokens` [T, S], in place. The states of a
+   layer are [S, H], those of the next one `stride` floats further.
 
-   scratch: N (E + H + from_x.out) + S from_h.out floats, where N = T S. */
-void features(const Model *m, int64_t T, int64_t S, const int64_t *tokens, float *states, float *x, float *scratch) {
-    const int64_t N = T * S, E = m->E, H = m->H;
-    float *inner = scratch, *outs = inner + N * E, *from_x = outs + N * H;
-    for (int64_t row = 0; row < N; row++) memcpy(x + row * E, m->embedding + tokens[row] * E, E * sizeof *x);
-    for (int64_t layer = 0; layer < m->L; layer++, states += S * H) {
-        const Layer *l = m->layers + layer;
-        float *from_h = from_x + N * l->from_x.out;
-        normalize(N, E, x, l->norm, inner);
-        multiply(&l->from_x, N, inner, from_x);
-        for (int64_t t = 0; t < T; t++) {
-            multiply(&l->from_h, S, states, from_h);
-            step(S, H, l->from_x.out, from_x + t * S * l->from_x.out, from_h, states);
-            memcpy(outs + t * S * H, states, S * H * sizeof *states);
-        }
-        if (l->project.in) multiply(&l->project, N, outs, inner);
-        const float *added = l->project.in ? inner : outs;
-        for (int64_t i = 0; i < N * E; i += WIDTH) store(x + i, load(x + i) + load(added + i));
+   memory: N (2 E + out) + S out floats and N E + (T + 1) S H factors, where N = T S and out = from_x.out. */
+void features(const Model *m, int64_t T, int64_t S, const int64_t *tokens, float *states, int64_t stride, factor *y,
+              float *memory) {
+    const int64_t N = T * S, E = m->E, out = m->layers->from_x.out;
+    Scratch scratch = {.x = memory};
+    scratch.from_x = scratch.x + N * E;
+    scratch.from_h = scratch.from_x + N * out;
+    scratch.projected = scratch.from_h + S * out;
+    scratch.inner = (factor *)(scratch.projected + N * E);
+    scratch.outs = scratch.inner + N * E;
+#pragma omp parallel num_threads(m->threads)
+    {
+        const Part rows = part(N, 1);
+        for (int64_t row = rows.first; row < rows.after; row++)
+            memcpy(scratch.x + row * E, m->embedding + tokens[row] * E, E * sizeof(float));
+        for (int64_t layer = 0; layer < m->L; layer++)
+            advance(m, m->layers + layer, T, S, tokens, layer ? NULL : m->from_token, states + layer * stride,
+                    &scratch);
+        for (int64_t row = rows.first; row < rows.after; row++)
+            normalize(E, scratch.x + row * E, m->norm, y + row * E);
     }
-    normalize(N, E, x, m->norm, x);
 }
 
 /* Compute the logits y [N, output.out] of x [N, E]. */
-void logits(const Model *m, int64_t N, const float *x, float *y) { multiply(&m->output, N, x, y); }
+void logits(const Model *m, int64_t N, const factor *x, float *y) {
+#pragma omp parallel num_threads(m->threads)
+    multiply(&m->output, N, x, y, part(m->output.out, UNITS));
+}
 
-const int64_t width = WIDTH, units = UNITS;
+/* Compute the logits y [S, output.out] after a token in each of the streams. x: [S, E]; the rest: as in `features`. */
+void read_tokens(const Model *m, int64_t S, const int64_t *tokens, float *states, int64_t stride, factor *x,
+                 float *memory, float *y) {
+    features(m, 1, S, tokens, states, stride, x, memory);
+    logits(m, S, x, y);
+}
+
+/* Compute what from_token points at, y [V, from_x.out]. inner: [V, E] */
+void from_tokens(const Model *m, int64_t V, factor *inner, float *y) {
+    for (int64_t token = 0; token < V; token++)
+        normalize(m->E, m->embedding + token * m->E, m->layers->norm, inner + token * m->E);
+    multiply(&m->layers->from_x, V, inner, y, (Part){0, m->layers->from_x.out});
+}
+
+const int64_t units = UNITS, depth = DEPTH;

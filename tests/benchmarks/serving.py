@@ -1,7 +1,8 @@
-"""Speed of the endpoint: the engine compared with its matrix products alone, and HTTP compared with the engine and with
-a Serve app that computes nothing. All run on this machine, the clients included.
+"""Speed of the endpoint: the engine compared with its matrix products alone, in bf16 with fp32, and with an earlier
+version; HTTP compared with the engine and with a Serve app that computes nothing. All run on this machine, the clients
+included.
 
-python -m tests.benchmarks.serving [--only engine http streams first]
+python -m tests.benchmarks.serving [--only engine http streams first] [--against CHECKOUT]
 """
 
 import argparse
@@ -9,12 +10,15 @@ import asyncio
 import json
 import math
 import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ MODEL = ModelConfig(embedding=512, hidden=512, layers=2)
 VOCABULARY = 2048
 END = VOCABULARY - 1
 STREAMS = 64
+TRIALS = 4
 NAME = "benchmark"
 PROMPT = "def read(path):\n"
 TIMEOUT = aiohttp.ClientTimeout(total=900)
@@ -66,9 +71,9 @@ def model() -> GRULanguageModel:
 # The engine alone
 
 
-def engine_rate(streams: int, tokens: int) -> float:
+def engine_rate(streams: int, tokens: int, bf16_products: bool = True) -> float:
     """Return the tokens/s of `streams` concurrent streams."""
-    engine = Engine(inference_model(model()), END, streams, streams)
+    engine = Engine(inference_model(model(), bf16_products=bf16_products), END, streams, streams)
     collectors = [Collector() for _ in range(streams)]
     started = time.perf_counter()
     for seed, collector in enumerate(collectors):
@@ -98,16 +103,40 @@ def products_rate(streams: int) -> float:
     return streams / best
 
 
-def engine() -> float:
+def rate_of(checkout: Path, streams: int, tokens: int) -> float:
+    """Return the tokens/s of the engine in another checkout of this repository."""
+    code = (
+        "import torch; from tests.benchmarks import serving; "
+        f"torch.set_num_threads(1); print(serving.engine_rate({streams}, {tokens}))"
+    )
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
+    done = subprocess.run(command, cwd=checkout, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout)
+
+
+def engine(against: Path | None) -> float:
+    """Print the tokens/s of the engine, the best of several alternating trials. Return those of many streams."""
     torch.set_num_threads(deployment.THREADS)
     with torch.inference_mode():
         bound = products_rate(STREAMS)
-    many = max(engine_rate(STREAMS, 150) for _ in range(3))
-    one = max(engine_rate(1, 500) for _ in range(3))
-    show(
-        "engine, 2 x 512, tokens/s", f"{STREAMS} streams {many:,.0f}, matrix products alone {bound:,.0f}", many / bound
-    )
+    best: dict[int, float] = {}
+    for streams, tokens in ((STREAMS, 150), (1, 500)):
+        sides: dict[str, Callable[[], float]] = {
+            "engine": partial(engine_rate, streams, tokens),
+            "products in fp32": partial(engine_rate, streams, tokens, bf16_products=False),
+        }
+        if against:
+            sides["earlier version"] = partial(rate_of, against, streams, tokens)
+        rates = [{side: measure() for side, measure in sides.items()} for _ in range(TRIALS)]
+        fastest = {side: max(trial[side] for trial in rates) for side in sides}
+        best[streams] = fastest.pop("engine")
+        for side, rate in fastest.items():
+            what = f"engine, 2 x 512, streams: {streams}"
+            show(what, f"tokens/s {best[streams]:,.0f}, {side} {rate:,.0f}", best[streams] / rate)
+    many, one = best[STREAMS], best[1]
     show("", f"{STREAMS} streams {many:,.0f}, 1 stream {one:,.0f}", many / one)
+    show("", f"{STREAMS} streams {many:,.0f}, matrix products alone {bound:,.0f}", many / bound)
     return many
 
 
@@ -302,8 +331,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("engine", "http", "streams", "first")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="parts to run")
-    only = parser.parse_args().only
-    alone = engine() if {"engine", "http"} & set(only) else math.nan
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="earlier version of this repository")
+    arguments = parser.parse_args()
+    only = arguments.only
+    alone = engine(arguments.against) if {"engine", "http"} & set(only) else math.nan
     if set(only) == {"engine"}:
         return
     with registered() as uri:

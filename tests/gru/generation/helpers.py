@@ -70,12 +70,14 @@ class SlowModel(torch.nn.Module):
         return self.logits(x), state
 
 
-def make_model(embedding: int = 24, hidden: int = 37, layers: int = 2) -> GRULanguageModel:
+def make_model(
+    embedding: int = 24, hidden: int = 37, layers: int = 2, vocab_size: int = VOCAB, end_of_text: int = END
+) -> GRULanguageModel:
     """Return a random model whose documents do not end by chance."""
     torch.manual_seed(0)
-    model = GRULanguageModel(ModelConfig(embedding=embedding, hidden=hidden, layers=layers), VOCAB).eval()
+    model = GRULanguageModel(ModelConfig(embedding=embedding, hidden=hidden, layers=layers), vocab_size).eval()
     with torch.no_grad():
-        model.output_bias[END] = -100
+        model.output_bias[end_of_text] = -100
     return model
 
 

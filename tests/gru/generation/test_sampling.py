@@ -111,8 +111,8 @@ def test_the_compiled_draw_equals_the_numpy_one(vocab_size: int, scale: float) -
     rows = wider[:, :vocab_size]  # not contiguous, like the logits of the native model
     rows[:, ::5] = -np.inf
     rows[:, vocab_size // 2] = 0
-    seeds, positions = (chance.integers(0, 1 << 63, 300).astype(np.uint64) for _ in range(2))
-    temperatures = chance.uniform(0.01, 3, 300)
+    seeds, positions = (chance.integers(0, 1 << 63, 300).tolist() for _ in range(2))
+    temperatures = chance.uniform(0.01, 3, 300).tolist()
     library = sampling._library()
     assert library is not None, "this machine has a compiler"
     arguments = rows, temperatures, seeds, positions

@@ -45,10 +45,11 @@ def test_keys_differ_by_owner_session_and_prefix() -> None:
 
 def test_a_history_counts_as_bytes_of_its_state() -> None:
     cache = StateCache(2 * STATE.nbytes + 16)
-    history = History([1], vocab_size=50_000)
+    history = History([1] * 100_000, vocab_size=50_000)
     history.add(7)
     state = CachedState(STATE, history=history.save())
-    assert state.nbytes == STATE.nbytes + 2 * 8  # of the tokens that were seen, not of the vocabulary
+    assert state.nbytes == STATE.nbytes + 2 * 8  # of the tokens that were seen, each once
+    assert state._replace(held=b"abc").nbytes == state.nbytes + 3
     cache.put(b"a", state)
     cache.put(b"b", CachedState(STATE))
     assert cache.bytes == cache.max_bytes and len(cache) == 2
