@@ -28,6 +28,9 @@ SUBMISSION_LOGGERS = (
 CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 """Import path of the router that sends requests of one session to one replica. It is experimental in Serve."""
 
+PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""Variable with the import path of a function that each HTTP proxy of Serve calls before it starts its server."""
+
 
 def __getattr__(name: str) -> Any:
     if name not in SCALING_CLASSES:
@@ -122,3 +125,20 @@ def running_serve_client() -> Any:
     from ray.serve.context import _get_global_client
 
     return _get_global_client(raise_if_no_controller_running=False)
+
+
+def serve_log_directory() -> str:
+    """Return the directory of Serve's logs on this node. Serve has no public function for it."""
+    from ray.serve._private.logging_utils import get_serve_logs_dir
+
+    return get_serve_logs_dir()
+
+
+def use_http_protocol(protocol: type) -> None:
+    """Make HTTP servers that start in this process use this protocol class of uvicorn's.
+
+    Serve's proxy builds uvicorn's configuration itself, and has no option for it.
+    """
+    from uvicorn import config
+
+    config.HTTP_PROTOCOLS["auto"] = f"{protocol.__module__}:{protocol.__qualname__}"

@@ -169,7 +169,8 @@ def monitoring_routes(provider: ModelProvider, metrics: Metrics, settings: str) 
 
     @router.get("/metrics")
     async def metrics_page() -> Response:
-        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """The metrics of all replicas, for Prometheus; the label `replica` tells them apart."""
+        return Response(await metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 

@@ -112,6 +112,8 @@ class Choice:
         self.finish: Finish | Exception | None = None
         self.finish_sent = False
         self.tokens = 0
+        self.held_text = ""
+        """Text that the session's next request will continue, if that has no prompt."""
         self.stream: TokenStream
         self._prompt = prompt
         self._spec = spec
@@ -134,9 +136,19 @@ class Choice:
 
     def notify(self, end: Finish | Exception | None) -> None:
         """Engine's thread: report that there is something to take."""
-        if end is not None:
+        if end == "length" and self._spec.session:
+            self.held_text = self.hold().decode(errors="replace")
+        elif end is not None:
             self._pieces.append(self._detokenizer.finish())
         self._report(self, end)
+
+    def resume(self, held: bytes) -> None:
+        """Engine's thread: begin with text that the session's last request has held back."""
+        self._detokenizer.resume(held)
+
+    def hold(self) -> bytes:
+        """Engine's thread: return the text to hold back for the session's next request."""
+        return self._detokenizer.hold()
 
     @property
     def ready(self) -> bool:
@@ -224,6 +236,7 @@ class Generation:
             deadline=spec.deadline,
             owner=spec.owner,
             session=spec.session,
+            held_text=choice if spec.session else None,
             turn=spec.turn,
         )
         choice.stream = self._engine.submit(request)
@@ -252,6 +265,11 @@ class Generation:
     def resumed(self) -> int:
         """The number of tokens of the session that it resumed from; known from the first delta on."""
         return sum(choice.stream.resumed for choice in self.choices)
+
+    @property
+    def held_text(self) -> str:
+        """The text that the session's next request will continue."""
+        return "".join(choice.held_text for choice in self.choices)
 
     @property
     def prompt_tokens(self) -> int:

@@ -1,5 +1,6 @@
 """The Ray Serve deployment: replicas that serve the registry's models over HTTP, and how to deploy them."""
 
+import asyncio
 import json
 import logging
 import math
@@ -7,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,28 @@ import mlflow
 import ray
 import torch
 from fastapi import FastAPI
+from prometheus_client.core import Metric
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 
-from gru import ray_internals
+from gru import native, ray_internals
 from gru.config import ServeConfig, ServeResources, content_key
 from gru.errors import UserError
 from gru.network import require_bindable, url_of
 from gru.registry import tracking, versions
+from gru.serving import http_limits
 from gru.serving.api import create_app
 from gru.serving.auth import Keys
+from gru.serving.middleware import JsonLines
 from gru.serving.model_manager import ModelManager
 
 APP = "gru"
 IN_FLIGHT = "tokens_in_flight"
-THREADS = 1  # a step is too small to split; the other cores are for HTTP and for other replicas
+THREADS = 1  # of torch, whose rounding depends on it; those of inference.c are `serve.threads`
 
+ACCESS_LOG_BYTES, ACCESS_LOGS = 16 << 20, 5  # size of a file of the access log; number of files of a replica
+METRICS_SECONDS = 2.0  # within which all replicas must report their metrics: Prometheus waits 5 s
 SWITCH_SECONDS = 5e-4  # interval at which threads hand over the GIL; 5e-3 makes the engine wait for the event loop
 
 log = logging.getLogger(__name__)
@@ -40,20 +48,33 @@ class Replica:
 
     def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str, storage: str, settings: str) -> None:
         _stay_on_loopback()
-        _configure_access_log()
+        replica_id = serve.get_replica_context().replica_id.unique_id
+        _configure_access_log(replica_id)
         torch.set_num_threads(THREADS)
         sys.setswitchinterval(SWITCH_SECONDS)
         tracking.connect_impatiently(tracking_uri)
         self._config, self._settings = config, settings
         # The registries of two projects may have the same address, one after the other.
         registry = content_key(tracking_uri, storage)
-        directory = Path.home() / ".cache" / "gru-pipeline" / "served" / registry
-        replica_id = serve.get_replica_context().replica_id.unique_id
+        directory = native.cache_directory() / "served" / registry
         self._manager = ModelManager(config, model_name, directory, replica_id)
+        self._manager.metrics.all_replicas = self._all_metrics
+        self._replicas: DeploymentHandle[Any] | None = None
         self._manager.start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(lambda: self._manager.models, self._config, self._manager.metrics, self._settings, False)
+
+    async def metrics(self) -> list[Metric]:
+        """Return the metrics of this replica, for the one that Prometheus asked."""
+        return self._manager.metrics.collect()
+
+    async def _all_metrics(self) -> list[list[Metric]]:
+        """Return the metrics of each replica. Prometheus reaches one of them at random, and must see them all."""
+        if self._replicas is None:
+            name = serve.get_replica_context().deployment
+            self._replicas = await asyncio.to_thread(serve.get_deployment_handle, name, APP)
+        return await self._replicas.broadcast("metrics").results_async(timeout_s=METRICS_SECONDS)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {IN_FLIGHT: float(sum(model.engine.tokens_in_flight for model in self._manager.models))}
@@ -63,12 +84,15 @@ class Replica:
             raise RuntimeError("the engine has stalled or ended")
 
 
-def _configure_access_log() -> None:
-    """Write the access log where the replica's other output goes."""
+def _configure_access_log(replica: str) -> None:
+    """Write the access log to a file in Serve's log directory, access_REPLICA.log, and what it replaced beside it."""
+    file = Path(ray_internals.serve_log_directory()) / f"access_{replica}.log"
+    handler = RotatingFileHandler(file, maxBytes=ACCESS_LOG_BYTES, backupCount=ACCESS_LOGS - 1)
+    handler.setFormatter(JsonLines())
     access = logging.getLogger("gru.access")
     access.setLevel(logging.INFO)
     access.propagate = False
-    access.handlers = [logging.StreamHandler()]
+    access.handlers = [handler]
 
 
 def _stay_on_loopback() -> None:
@@ -98,7 +122,11 @@ def deploy(config: ServeConfig, resources: ServeResources, model_name: str, trac
     if not config.keys:
         _refuse_to_open()
     _ensure_address(config.host, config.port)
-    serve.start(http_options={"host": config.host, "port": config.port})
+    limits = {ray_internals.PROXY_CALLBACK: http_limits.INSTALL}  # the proxies inherit the controller's environment
+    serve.start(
+        http_options={"host": config.host, "port": config.port},
+        controller_options={"runtime_env": {"env_vars": limits}},
+    )
     serve.run(application(config, resources, model_name, tracking_uri, storage), name=APP, route_prefix="/")
 
 

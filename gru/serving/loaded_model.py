@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gru.generation.engine import Engine
@@ -23,6 +23,8 @@ class LoadedModel:
     version: "Version"
     alias: str = "champion"
     """Alias that the version had in the registry when it was loaded."""
+    since: float = field(default_factory=time.time)
+    """Time since which it serves, in seconds since the epoch."""
 
     @property
     def healthy(self) -> bool:

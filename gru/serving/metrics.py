@@ -1,9 +1,10 @@
-"""Prometheus metrics of one replica. https://prometheus.io/docs/practices/naming/"""
+"""Prometheus metrics of the replicas. https://prometheus.io/docs/practices/naming/"""
 
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gru.serving.choices import Generation
@@ -16,12 +17,19 @@ PATHS = (
 FIRST_TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600)
 
+log = logging.getLogger(__name__)
+
+AllReplicas = Callable[[], Awaitable[Sequence[list[Metric]]]]
+"""Returns what `Metrics.collect` returns in each replica. Raises any exception if one does not answer."""
+
 
 class Metrics:
     """The metrics of one replica, whose name is a label of each sample."""
 
     def __init__(self, provider: ModelProvider, replica: str) -> None:
         self._replica = replica
+        self.all_replicas: AllReplicas | None = None
+        """None: there are no other replicas."""
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(provider))
         self._requests = Counter(
@@ -62,31 +70,50 @@ class Metrics:
         self._tokens.labels(version, "cached").inc(generation.cached_tokens)
         self._tokens.labels(version, "generated").inc(generation.generated_tokens)
 
-    def page(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(_LabelledRegistry(self.registry, self._replica))
+    def collect(self) -> list[Metric]:
+        """Return the metrics of this replica."""
+        metrics = list(self.registry.collect())
+        for metric in metrics:
+            metric.samples = [
+                each._replace(labels={**each.labels, "replica": self._replica}) for each in metric.samples
+            ]
+        return metrics
+
+    async def page(self) -> bytes:
+        """Return the metrics of all replicas in Prometheus' text format; of this one alone if another is silent."""
+        replicas: Sequence[list[Metric]] = [self.collect()]
+        if self.all_replicas is not None:
+            try:
+                replicas = await self.all_replicas()
+            except Exception as error:  # of Serve, of Ray, or of a replica that ends
+                log.warning("the metrics are those of one replica, because another did not answer: %r", error)
+        return generate_latest(_Merged(replicas))
 
 
-class _LabelledRegistry(CollectorRegistry):
-    """A registry's metrics with the replica as one more label: scrapes of one address reach different replicas."""
+class _Merged(CollectorRegistry):
+    """The metrics of several replicas, each metric once with the samples of all."""
 
-    def __init__(self, registry: CollectorRegistry, replica: str) -> None:
+    def __init__(self, replicas: Iterable[list[Metric]]) -> None:
         super().__init__()
-        self._inner, self._label = registry, {"replica": replica}
+        self._replicas = replicas
 
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._inner.collect():
-            metric.samples = [each._replace(labels={**each.labels, **self._label}) for each in metric.samples]
-            yield metric
+    def collect(self) -> Iterable[Metric]:
+        merged: dict[str, Metric] = {}
+        for metrics in self._replicas:
+            for metric in metrics:
+                first = merged.setdefault(metric.name, metric)
+                if first is not metric:
+                    first.samples += metric.samples
+        return merged.values()
 
 
 class _EngineCollector(Collector):
-    """Gauges that are read from the engines at each scrape."""
+    """Metrics that are read from the engines at each scrape."""
 
     def __init__(self, provider: ModelProvider) -> None:
         self._provider = provider
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[Metric]:
         gauges = {
             name: GaugeMetricFamily(f"gru_{name}", text, labels=["version"])
             for name, text in {
@@ -95,14 +122,25 @@ class _EngineCollector(Collector):
                 "tokens_in_flight": "Prompt tokens and max_tokens of these requests",
                 "cached_states": "Cached states of sessions and of prompt prefixes",
                 "cached_bytes": "Memory of the cached states",
+                "model_since_seconds": "Time since which the model serves, in seconds since the epoch",
             }.items()
         }
         info = GaugeMetricFamily("gru_model_info", "Models that serve", labels=["model", "version", "alias", "digest"])
+        tokens = CounterMetricFamily(
+            "gru_engine_tokens", "Tokens of all requests, open ones too, by kind: read, generated",
+            labels=["version", "kind"],
+        )  # fmt: skip
         for model in self._provider():
             engine, version = model.engine, model.version
             info.add_metric([version.name, version.version, model.alias, model.bundle.digest], 1)
-            values = (engine.active, engine.waiting, engine.tokens_in_flight, len(engine.cache), engine.cache.bytes)
+            tokens.add_metric([version.version, "read"], engine.tokens_read)
+            tokens.add_metric([version.version, "generated"], engine.tokens_generated)
+            values = (
+                *(engine.active, engine.waiting, engine.tokens_in_flight),
+                *(len(engine.cache), engine.cache.bytes, model.since),
+            )
             for gauge, value in zip(gauges.values(), values, strict=True):
                 gauge.add_metric([version.version], value)
         yield info
+        yield tokens
         yield from gauges.values()

@@ -49,7 +49,7 @@ class AccessMiddleware:
         scope.setdefault("state", {}).update(log_fields={}, owner="")
         response = _Response(send, request_id(headers), self._adds_request_id)
         try:
-            scope["state"]["owner"] = self._owner(scope["path"], headers)
+            scope["state"]["owner"] = self._owner(scope, headers)
             body = await read_body(headers, receive, self._max_body)
             await self._app(scope, replay(body, receive), response.send)
         except ApiError as error:
@@ -61,17 +61,20 @@ class AccessMiddleware:
         finally:
             self._log(scope, response, time.monotonic() - start)
 
-    def _owner(self, path: str, headers: dict[str, str]) -> str:
+    def _owner(self, scope: Scope, headers: dict[str, str]) -> str:
         """Return the owner of the request's key; "" where none is required. Raises ApiError (401)."""
-        if self._keys is None or not path.startswith(PROTECTED_PATHS):
+        if self._keys is None or not scope["path"].startswith(PROTECTED_PATHS):
             return ""
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise ApiError(401, "an API key is required: Authorization: Bearer KEY", code="missing_api_key")
-        owner = self._keys.owner(key.strip())
-        if owner is None:
+        found = self._keys.find(key.strip())
+        if found is None:
             raise ApiError(401, "this API key is unknown", code="invalid_api_key")
-        return owner
+        if found.expired:
+            scope["state"]["log_fields"]["owner"] = found.owner
+            raise ApiError(401, f"this API key was valid until {found.until}", code="expired_api_key")
+        return found.owner
 
     def _log(self, scope: Scope, response: "_Response", seconds: float) -> None:
         self._metrics.record_request(scope["path"], response.status, seconds)
@@ -103,6 +106,17 @@ class _Response:
                 header = (b"x-request-id", self.request_id.encode())
                 message = {**message, "headers": [*message.get("headers", []), header]}
         await self._send(message)
+
+
+class JsonLines(logging.Formatter):
+    """Formats the access log: a JSON object in each line. Those of requests are JSON already, others are problems."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.levelno == logging.INFO:
+            return message
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        return json.dumps({"time": time, "problem": message})
 
 
 def request_id(headers: dict[str, str]) -> str:
@@ -141,8 +155,8 @@ async def read_body(headers: dict[str, str], receive: Receive, max_bytes: int) -
     return b"".join(parts)
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that first returns the body, which was read already."""
+def replay(body: bytes, receive: Receive, more: bool = False) -> Receive:
+    """Return a `receive` that first returns the body, which was read already; `more`: only its first part."""
     replayed = False
 
     async def receive_again() -> Message:
@@ -150,6 +164,6 @@ def replay(body: bytes, receive: Receive) -> Receive:
         if replayed:
             return await receive()
         replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": more}
 
     return receive_again

@@ -129,7 +129,8 @@ class ModelManager:
         for loaded in self._loaded():
             same = loaded.version.version == version.version and version.bundle in ("", loaded.bundle.digest)
             if same and loaded.healthy:
-                return replace(loaded, version=version, alias=alias)
+                since = loaded.since if loaded in self.models else time.time()  # the spare one did not serve
+                return replace(loaded, version=version, alias=alias, since=since)
         key = version.version, version.bundle
         next_attempt, delay = self._refused.get(key, (0.0, RETRY_SECONDS[0] / 2))
         if time.monotonic() < next_attempt:
@@ -156,7 +157,7 @@ class ModelManager:
             raise UnfitModel(f"its files have the digest {bundle.digest}, but {version.bundle} was registered")
         config, tokenizer = self._config, bundle.tokenizer
         engine = Engine(
-            inference_model(bundle.model),
+            inference_model(bundle.model, config.threads),
             tokenizer.end_of_text,
             config.slots,
             config.max_queue,

@@ -129,6 +129,10 @@ class TextRequest(BaseModel):
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
+    def template_stops(self, end: str) -> list[str]:
+        """Return the stop strings of a template whose messages end with `end`: with ignore_eos no message ends."""
+        return [end] if end and not self.ignore_eos else []
+
     def bias(self, vocab_size: int) -> dict[int, float]:
         """Return logit_bias by token id. Raises ApiError."""
         for name in self.logit_bias:
@@ -269,7 +273,7 @@ class ChatRequest(TextRequest):
             param="messages",
             max_tokens=self.max_completion_tokens or self.max_tokens,
             top_logprobs=self.top_logprobs if self.logprobs else None,
-            stops=[*self.stops, *([end] if end else [])],
+            stops=self.stops + self.template_stops(end),
             echo=False,
         )
 

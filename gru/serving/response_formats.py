@@ -61,7 +61,8 @@ class ChoicesLayout:
         """Return the fields that every response object of this kind has, without choices and usage."""
         head = {**self._common, "object": kind}
         if self._session:
-            head["session"] = {"id": self._session, "resumed_tokens": self.generation.resumed}
+            held = {"held_text": self.generation.held_text} if self.generation.held_text else {}
+            head["session"] = {"id": self._session, "resumed_tokens": self.generation.resumed, **held}
         return head
 
     @property

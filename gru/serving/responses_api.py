@@ -118,7 +118,7 @@ class ResponsesRequest(TextRequest):
             param="input",
             max_tokens=self.max_output_tokens,
             top_logprobs=None,
-            stops=[end] if end else [],
+            stops=self.template_stops(end),
             echo=False,
             limit_param="max_output_tokens",
         )

@@ -387,6 +387,6 @@ def test_job_and_workflow_are_killed_postgres_is_restarted_and_mlflow_is_away(
     other.check()
     print(f"MLflow answers again: the pipeline ended {time.monotonic() - answers:.0f} s later")
     assert twin.weights() == undisturbed.weights()
-    [done] = json.loads(cluster.hosts["desk"].run("gru status s3://gru/services --json"))
+    [done] = json.loads(cluster.hosts["desk"].run("gru status s3://gru/services --json"))["workflows"]
     [train] = [stage for stage in done["stages"] if stage["name"] == "train"]
     assert (train["state"], train["attempts"]) == ("done", 2)

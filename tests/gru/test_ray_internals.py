@@ -1,5 +1,6 @@
 """Contract tests: Ray's private modules have the names, signatures and attributes that gru.ray_internals uses."""
 
+import asyncio
 import dataclasses
 import importlib
 import inspect
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 import ray
 import ray._private.runtime_env.packaging as packaging
@@ -15,8 +17,10 @@ import ray.dashboard.modules.dashboard_sdk as dashboard_sdk
 import ray.dashboard.modules.job.sdk as job_sdk
 from ray._private import state
 from ray.serve import context
-from ray.serve._private import replica
+from ray.serve._private import constants as constants_of_serve
+from ray.serve._private import http_util, logging_utils, proxy, replica
 from ray.serve._private.request_router import RequestRouter
+from ray.serve.config import HTTPOptions
 from ray.train import TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal import constants, exceptions
@@ -24,8 +28,12 @@ from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+from starlette.responses import PlainTextResponse
+from uvicorn import config as uvicorn_config
 
 from gru import ray_internals
+from gru.network import free_port
+from gru.serving import http_limits
 
 
 def parameters(function: Callable[..., Any]) -> list[str]:
@@ -146,6 +154,39 @@ def test_the_client_of_serve_is_none_without_a_controller() -> None:
 def test_the_router_can_be_imported() -> None:
     module, _, name = ray_internals.CONSISTENT_HASH_ROUTER.rpartition(".")
     assert issubclass(getattr(importlib.import_module(module), name), RequestRouter)
+
+
+def test_a_proxy_of_serve_calls_our_function_and_uses_our_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ray_internals.PROXY_CALLBACK in vars(constants_of_serve)
+    monkeypatch.setattr(http_util, ray_internals.PROXY_CALLBACK, http_limits.INSTALL)
+    monkeypatch.setitem(uvicorn_config.HTTP_PROTOCOLS, "auto", "")
+    options = http_util.configure_http_middlewares(HTTPOptions(host="127.0.0.1", port=free_port()))
+    assert "configure_http_middlewares(" in inspect.getsource(proxy)
+
+    async def serve() -> Any:
+        task, server = await http_util.start_asgi_http_server(
+            PlainTextResponse("hello"), options, event_loop=asyncio.get_running_loop()
+        )
+        async with httpx.AsyncClient() as client:
+            url = f"http://{options.host}:{options.port}"
+            answers = [await client.get(url, headers={"x": "a" * size}) for size in (1, 70_000)]
+        server.should_exit = True
+        await task
+        return answers
+
+    answer, refused = asyncio.run(serve())
+    assert (answer.text, refused.status_code) == ("hello", 431)
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+    names = (
+        constants_of_serve.SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
+        constants_of_serve.SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
+    )
+    assert {name.encode() for name in names} == http_limits.SERVE_HEADERS
+
+
+def test_serve_has_a_directory_for_logs() -> None:
+    assert ray_internals.serve_log_directory().endswith("/serve")
+    assert "get_serve_logs_dir()" in inspect.getsource(logging_utils.configure_component_logger)
 
 
 def test_the_loggers_of_a_job_submission_exist() -> None:

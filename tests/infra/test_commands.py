@@ -54,8 +54,9 @@ def test_each_command_exists_with_its_options(command: list[str], monkeypatch: p
         case ["gru", *arguments]:
             parsed = cli.build_parser().parse_args(arguments)
             if "config" in parsed:
-                directory = ROOT / "pipelines" if parsed.config.startswith("configs/") else ROOT  # as in the image
-                assert parsed.config == CONFIG_PATH or (directory / parsed.config).exists()
+                [config] = [parsed.config] if isinstance(parsed.config, str) else parsed.config  # `run` takes several
+                directory = ROOT / "pipelines" if config.startswith("configs/") else ROOT  # as in the image
+                assert config == CONFIG_PATH or (directory / config).exists()
         case ["python", "-m", module, path]:
             assert importlib.util.find_spec(module) and path == CONFIG_PATH
         case ["python", "-c", source]:

@@ -65,7 +65,7 @@ def test_the_readme_sets_all_variables_of_compose() -> None:
 
 def test_the_endpoint_of_compose_requires_a_key() -> None:
     arguments = cli.build_parser().parse_args(COMPOSE["services"]["pipeline"]["command"][1:])
-    config = configuration.load(ROOT / "pipelines" / arguments.config, arguments.set)
+    config = configuration.load(ROOT / "pipelines" / arguments.config[0], arguments.set)
     assert config.serve.host == "0.0.0.0" and config.serve.keys == "/run/secrets/keys"
     for key in ("head", "worker"):
         assert Path(config.serve.keys).name in COMPOSE["services"][key]["secrets"]

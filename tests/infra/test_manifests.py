@@ -15,6 +15,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import validate_config
 
 from gru import config as configuration
+from gru import ray_internals
 from gru.config import content_key
 from jobs import entry
 from tests.infra.files import (
@@ -225,7 +226,7 @@ def test_the_service_is_what_serve_deploys(pipeline: Path, monkeypatch: pytest.M
     from ray.serve._private.build_app import build_app
     from ray.serve.schema import ServeDeploySchema
 
-    from gru.serving import deployment
+    from gru.serving import deployment, http_limits
 
     [service] = manifests("RayService")
     schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
@@ -240,3 +241,9 @@ def test_the_service_is_what_serve_deploys(pipeline: Path, monkeypatch: pytest.M
     assert generator.name == "Generator"
     settings = content_key(config.serve, config.resources.serve, config.storage)
     assert generator.init_args == (config.serve, config.model_name, "http://mlflow:5000", config.storage, settings)
+    [environment] = [each["data"] for each in manifests("ConfigMap") if each["metadata"]["name"] == "environment"]
+    assert environment[ray_internals.PROXY_CALLBACK] == http_limits.INSTALL
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        assert {"configMapRef": {"name": "environment"}} in container["envFrom"]

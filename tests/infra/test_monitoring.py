@@ -41,9 +41,10 @@ def published() -> dict[str, set[str]]:
             if sample.name.endswith("_created"):
                 continue
             labels_of.setdefault(sample.name, set()).update(sample.labels, {"replica"})
-        if not family.samples:  # a gauge of an engine, and no engine runs here
-            labels = {"model", "alias", "digest"} if family.name == "gru_model_info" else set()
-            labels_of[family.name] = {"replica", "version"} | labels
+        if not family.samples:  # of an engine, and no engine runs here
+            labels = {"gru_model_info": {"model", "alias", "digest"}, "gru_engine_tokens": {"kind"}}
+            name = family.name + ("_total" if family.type == "counter" else "")
+            labels_of[name] = {"replica", "version"} | labels.get(family.name, set())
     return labels_of
 
 

@@ -90,10 +90,10 @@ class Server:
 
 
 @contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """Run an HTTP server for the app; the context's value is its URL."""
+def listening(app: Any, protocol: Any = "auto") -> Iterator[str]:
+    """Run an HTTP server for the app, with a protocol class of uvicorn's; the context's value is its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    http = uvicorn.Server(uvicorn.Config(app, log_level="warning", http=protocol))
     thread = threading.Thread(target=http.run, args=([listener],), daemon=True)
     thread.start()
     while not http.started:

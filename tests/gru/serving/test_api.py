@@ -207,6 +207,13 @@ def test_no_stop_string_ends_a_text_before_min_tokens(client: openai.OpenAI) -> 
     assert (choice.text, choice.finish_reason) == ("", "stop")
 
 
+def test_with_ignore_eos_a_message_does_not_end_either(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "poet", "extra_body": {"ignore_eos": True, "logit_bias": {"10": 100}}}
+    chat = client.chat.completions.create(messages=[{"role": "user", "content": "x"}], max_tokens=9, **fields)
+    response = client.responses.create(input="x", max_output_tokens=9, **fields)
+    assert chat.choices[0].message.content == response.output_text == "\n" * 9
+
+
 def test_the_tokenizer_is_there_as_in_vllm(server: Server) -> None:
     def post(path: str, **fields: Any) -> Any:
         return httpx.post(f"{server.url}/{path}", json=fields).json()
@@ -266,6 +273,46 @@ def test_a_session_resumes_without_the_text_sent_again(server: Server, client: o
     other = client.completions.create(**fields, prompt="", extra_body=session)
     assert other.to_dict()["session"] == {"id": "mine", "resumed_tokens": 0}  # a state belongs to one model
     server.engine.close()
+
+
+def test_a_stop_string_may_span_two_requests_of_a_session(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "poet", "seed": 3}
+    free = client.completions.create(**fields, prompt="Once", max_tokens=40).choices[0].text
+    ends: set[str] = set()
+    for stop in (free[17:22], free[20:24], free[17:20] + "~"):
+        whole = client.completions.create(**fields, prompt="Once", max_tokens=40, stop=stop).choices[0]
+        for cut in (18, 19, 20, 21):
+            session = {"session_id": f"{stop} {cut}"}
+            first = client.completions.create(**fields, extra_body=session, prompt="Once", max_tokens=cut, stop=stop)
+            second = client.completions.create(
+                **fields, extra_body=session, prompt="", max_tokens=40 - cut, stop=stop, stream=True
+            )
+            chunks = [chunk.choices[0] for chunk in second]
+            texts = [first.choices[0].text, "".join(chunk.text for chunk in chunks)]
+            assert "".join(texts) == whole.text and chunks[-1].finish_reason == whole.finish_reason
+            ends.add(str(whole.finish_reason))
+            held = first.to_dict()["session"].get("held_text", "")  # type: ignore[attr-defined]
+            assert texts[0] + held == free[:cut] and (cut > 18 or stop == free[20:24] or held == free[17:18])
+    assert ends == {"stop", "length"}
+
+
+def test_a_character_may_span_two_requests_of_a_session(client: openai.OpenAI) -> None:
+    texts = []
+    for byte in "\u6625".encode():
+        biased = client.completions.create(
+            model="poet", prompt="", max_tokens=1, logit_bias={str(byte): 100}, extra_body={"session_id": "bytes"}
+        )
+        texts.append((biased.choices[0].text, biased.to_dict()["session"].get("held_text")))  # type: ignore[attr-defined]
+    assert texts == [("", "\ufffd"), ("", "\ufffd"), ("\u6625", None)]
+
+
+def test_a_prompt_ends_the_text_that_a_session_has_held_back(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": "poet", "max_tokens": 4, "logit_bias": {"65": 100}, "stop": "AAAAAA"}
+    session = {"extra_body": {"session_id": "prompted"}}
+    first = client.completions.create(**fields, prompt="x", **session)
+    assert (first.choices[0].text, first.to_dict()["session"]["held_text"]) == ("", "AAAA")  # type: ignore[index]
+    second = client.completions.create(**{**fields, "max_tokens": 7}, prompt="b", **session)
+    assert (second.choices[0].text, second.usage and second.usage.completion_tokens) == ("", 6)
 
 
 def test_a_shared_prompt_prefix_is_read_once(client: openai.OpenAI) -> None:

@@ -1,15 +1,19 @@
 """Keys, request ids, the access log, metrics and origins."""
 
+import asyncio
 import json
 import logging
 import os
-from datetime import UTC, datetime
+import pickle
+import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from prometheus_client.core import Metric
 from pydantic import ValidationError
 
 from gru.config import ServeConfig
@@ -17,6 +21,8 @@ from gru.errors import UserError
 from gru.serving import auth
 from gru.serving.api import create_app
 from gru.serving.auth import new_key
+from gru.serving.metrics import Metrics
+from gru.serving.middleware import JsonLines
 from tests.gru.serving.conftest import CONFIG
 from tests.gru.serving.server import Server, listening, wait_until
 
@@ -77,6 +83,32 @@ def test_keys_are_required_and_never_logged(
         create_app(lambda: server.models, config)
 
 
+def test_a_key_expires_and_may_be_renamed(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="gru.access")
+    yesterday, tomorrow = (datetime.now(UTC).date() + timedelta(days=days) for days in (-1, 1))
+    (alice, alice_line), (bob, bob_line) = new_key("alice", tomorrow), new_key("bob")
+    (tmp_path / "keys").write_text(f"{alice_line.replace('alice', 'renamed')}\n{bob_line} {yesterday}\n")
+    config = CONFIG.model_copy(update={"keys": str(tmp_path / "keys")})
+    with listening(create_app(lambda: server.models, config)) as url:
+        headers = [{"Authorization": f"Bearer {key}"} for key in (alice, bob)]
+        valid, expired = (httpx.get(f"{url}/v1/models", headers=each) for each in headers)
+        wait_until(lambda: len(caplog.records) == 2)
+    assert (valid.status_code, expired.status_code) == (200, 401)
+    error = expired.json()["error"]
+    assert (error["code"], error["message"]) == ("expired_api_key", f"this API key was valid until {yesterday}")
+    assert [json.loads(record.getMessage())["owner"] for record in caplog.records] == ["renamed", "bob"]
+    with pytest.raises(UserError, match="choose a day that is not over"):
+        new_key("alice", yesterday)
+
+
+def test_each_line_of_the_access_log_is_json() -> None:
+    record = logging.LogRecord("gru.access", logging.INFO, "", 0, '{"path": "/"}', (), None)
+    assert JsonLines().format(record) == '{"path": "/"}'
+    problem = logging.LogRecord("gru.access", logging.ERROR, "", 0, "no %s", ("keys",), None)
+    line = json.loads(JsonLines().format(problem))
+    assert line["problem"] == "no keys" and datetime.fromisoformat(line["time"]).tzinfo
+
+
 def test_a_request_has_an_id(server: Server) -> None:
     url = f"{server.url}/v1/completions"
     named = httpx.post(url, json={"prompt": "x"}, headers={"x-request-id": "mine-7"})
@@ -107,6 +139,33 @@ def test_metrics_count_requests_and_tokens(server: Server, client: openai.OpenAI
     httpx.get(f"{server.url}/{'x' * 50}")
     assert value('gru_http_requests_total{path="other",replica="",status="404"}') >= 1
     assert value('gru_time_to_first_token_seconds_count{replica="",version="3"}') >= 2
+    assert value('gru_engine_tokens_total{kind="generated",replica="",version="3"}') >= 42
+    assert 0 < value('gru_model_since_seconds{replica="",version="3"}') <= time.time()
+
+
+def test_metrics_are_those_of_all_replicas(server: Server) -> None:
+    replicas = [Metrics(lambda: server.models, name) for name in ("a", "b")]
+    for requests, metrics in enumerate(replicas, 1):
+        for _ in range(requests):
+            metrics.record_request("/v1/completions", 200, 0.1)
+
+    async def all_replicas() -> list[list[Metric]]:
+        return pickle.loads(pickle.dumps([metrics.collect() for metrics in replicas]))  # as Ray does
+
+    async def silent() -> list[list[Metric]]:
+        raise TimeoutError("another replica does not answer")
+
+    def page() -> list[str]:
+        return asyncio.run(replicas[0].page()).decode().splitlines()
+
+    a, b = (f'gru_http_requests_total{{path="/v1/completions",replica="{name}",status="200"}}' for name in "ab")
+    replicas[0].all_replicas = all_replicas
+    lines = page()
+    assert {f"{a} 1.0", f"{b} 2.0"} <= set(lines)
+    heads = [line for line in lines if line.startswith("# TYPE ")]
+    assert len(heads) == len(set(heads)) > 10
+    replicas[0].all_replicas = silent
+    assert f"{a} 1.0" in page() and f"{b} 2.0" not in page()
 
 
 def test_no_other_site_may_send_requests(server: Server) -> None:

@@ -1,13 +1,16 @@
 """The endpoint on a real Ray Serve: what clients see while replicas, proxies and models are replaced."""
 
 import os
+import re
+import resource
 import shutil
 import signal
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,6 +192,32 @@ def test_a_killed_process_is_replaced_under_load(endpoint: Endpoint, victim: str
     assert load.texts == {"1": {endpoint.expected(1)}}
 
 
+def test_large_headers_and_slow_clients_take_neither_memory_nor_places(endpoint: Endpoint) -> None:
+    [proxy] = processes("ProxyActor")
+    address = ("127.0.0.1", endpoint.config.port)
+    assert answers(endpoint)
+    before = proxy.memory_info().rss
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 4096), hard), hard))
+    with ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(address)) for _ in range(1000)]  # Serve has 592 places
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        for number, client in enumerate(slow):
+            client.sendall(head + (b"Content-Length: 99\r\n\r\n{" if number % 4 else b""))
+        for _ in range(3):
+            # If sending takes longer than the refused connection is kept open, it ends with an error.
+            with socket.create_connection(address) as client, suppress(ConnectionError):
+                client.sendall(b"GET / HTTP/1.1\r\nx: ")
+                for _ in range(100):
+                    client.sendall(b"a" * (1 << 20))
+                assert client.recv(100).startswith(b"HTTP/1.1 431 ")
+        assert answers(endpoint)
+        assert proxy.memory_info().rss - before < 50 << 20
+    latin = {"x-session-id": b"caf\xe9", "x-request-id": b"caf\xe9"}
+    answer = httpx.post(f"{endpoint.url}/v1/completions", json={"prompt": "A", "max_tokens": 1}, headers=latin)
+    assert answer.status_code == 200 and answer.headers["x-request-id"].isascii()
+
+
 def test_open_streams_finish_when_the_endpoint_is_replaced(endpoint: Endpoint) -> None:
     tokens = 4000
     stream = endpoint.complete(stream=True, max_tokens=tokens)
@@ -232,6 +261,13 @@ def test_replicas_scale_with_tokens_in_flight_and_sessions_stick_to_their_replic
         headers, fields = {"x-session-id": name}, {"session_id": name}
         turns = [endpoint.complete(extra_headers=headers, extra_body=fields).to_dict()["session"] for _ in range(3)]
         return [turn["resumed_tokens"] for turn in turns] == [0, 35, 70]
+
+    def reported() -> bool:
+        """Whether a page of metrics has both replicas, whichever of them answered."""
+        page = httpx.get(f"{endpoint.url}/metrics", timeout=30).text
+        return len(set(re.findall(r'gru_model_info{.*replica="(\w+)"', page))) == 2
+
+    wait_until("the metrics of both replicas", reported, 30)
 
     # With random routing all eight sessions would pass once in 65,000 times.
     wait_until("the proxy to know both", lambda: all(is_sticky(str(uuid.uuid4())) for _ in range(8)), 30)

@@ -21,6 +21,7 @@ from gru.generation.engine import Closed
 from gru.generation.generate import Collector
 from gru.generation.request import Request
 from gru.generation.sampling import SamplingParams
+from gru.model.inference import NativeModel
 from gru.model.language_model import GRULanguageModel
 from gru.registry import tracking, versions
 from gru.registry.bundle import write_bundle
@@ -90,6 +91,21 @@ def generate(manager: ModelManager, tokens: int = 20) -> list[int]:
     collector = Collector()
     manager.models[0].engine.submit(Request([1], SamplingParams(0), tokens, collector))
     return collector.wait(20)
+
+
+def test_engines_have_the_threads_of_the_config_and_the_same_texts(models: Registry, tmp_path: Path) -> None:
+    models.name(models.register(models.bundle(ModelConfig(embedding=32, hidden=64))))
+    texts = []
+    for threads in (1, 3):
+        manager = ModelManager(SERVE.model_copy(update={"threads": threads}), "poet", tmp_path / str(threads))
+        try:
+            manager.update()
+            native = manager.models[0].engine._model
+            assert isinstance(native, NativeModel) and native.threads == threads
+            texts.append(generate(manager))
+        finally:
+            manager.close()
+    assert texts[0] == texts[1]
 
 
 def test_it_follows_the_alias_forwards_and_backwards(models: Registry, manager: ModelManager) -> None:
