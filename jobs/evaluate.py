@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, cast
 from gru.config import PipelineConfig
 from gru.registry import tracking
 from gru.registry.bundle import load_bundle
-from jobs import entry, stages
+from gru.terminal import printable
+from jobs import entry, stages, warm_start
 from jobs.results import EvaluateResult, Measures
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ NEGLIGIBLE = 0.0005  # nats per token
 
 def run(config: PipelineConfig, context: entry.JobContext) -> EvaluateResult:
     entry.require_tracking()
+    config = warm_start.pinned(config)
     prepared = stages.prepare_stage(config, context.dataset).require()
     trained = stages.train_stage(config, prepared).require()
     stage = stages.evaluate_stage(config, prepared, trained)
@@ -54,15 +56,16 @@ def run(config: PipelineConfig, context: entry.JobContext) -> EvaluateResult:
         shares["heldout"] = sampling.heldout_shares
         copied = {f"{name}/{measure}": v for name, share in shares.items() for measure, v in share.measures().items()}
         samples = [settings.prompt + bundle.tokenizer.decode(sampling.samples[t][0]) for t in settings.temperatures]
+        by_temperature = dict(zip(settings.temperatures, samples, strict=True))
         sizes = {"heldout_tokens": scores.tokens, "searched_bytes": sampling.searched_bytes}
         run.log_metrics(measures | copied | sizes)
         contexts = [asdict(loss) for loss in by_context]
         if contexts:
             baselines = {"state carried": scores.nats_per_token, "n-gram model": ngram.nats_per_token}
             run.log_context_losses(contexts, baselines)
-        for temperature, text in zip(settings.temperatures, samples, strict=True):
+        for temperature, text in by_temperature.items():
             run.client.log_text(run.id, text, f"samples/temperature-{temperature:g}.txt")
-    for line in report(scores, ngram, by_context, shares, sampling.searched_bytes):
+    for line in report(scores, ngram, by_context, shares, sampling.searched_bytes, by_temperature):
         context.progress(line)
     result = {
         "stage": stage.name,
@@ -85,9 +88,10 @@ def report(
     by_context: "list[ContextLoss]",
     shares: "dict[str, CopyShares]",
     searched_bytes: int,
+    samples: dict[float, str],
 ) -> Iterator[str]:
     """Yield the lines of a report for people: the model's scores beside those of the n-gram model, the loss by context
-    length, and the copy shares."""
+    length, the copy shares, and a sample at each temperature."""
     yield f"{'held-out text':30} {'model':>12} {'n-gram model':>12}"
     for (name, value), other in zip(scores.measures().items(), ngram.measures().values(), strict=True):
         yield f"{name.replace('_', ' '):30} {value:12,.3f} {other:12,.3f}"
@@ -106,6 +110,10 @@ def report(
         f"copied: share of 32-character spans that occur in {searched_bytes / 1e6:,.1f} MB of training text; "
         "repeated: share of token 4-grams that occur earlier in the same text"
     )
+    for temperature, text in samples.items():
+        yield f"sample at temperature {temperature:g}:"
+        for line in printable(text).strip("\n").split("\n"):
+            yield f"    {line}"
 
 
 if __name__ == "__main__":

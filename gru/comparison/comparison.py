@@ -16,6 +16,7 @@ from gru.comparison import report
 from gru.comparison.contenders import TRANSFORMER, Contender
 from gru.comparison.trial import Conditions, TrialRecord, train_contender
 from gru.config import PipelineConfig, content_key
+from gru.digests import DIGESTS
 from gru.model.interface import LanguageModel
 from gru.registry import tracking
 from gru.registry.bundle import write_bundle
@@ -84,9 +85,26 @@ class Comparison:
                 run.client.log_figure(run.id, report.plot(trials, seconds), name)
         return result
 
+    def bundles(self) -> dict[str, str]:
+        """Return the path of each contender's bundle of the first seed that has one, by the contender's name.
+
+        The Transformer has none, nor has a contender whose trials all diverged.
+        """
+        paths: dict[str, str] = {}
+        for seed in self.seeds:
+            for contender in self.contenders:
+                path = self._path(contender, seed)
+                if storage.exists(storage.join(path, DIGESTS)):
+                    paths.setdefault(contender.name, path)
+        return paths
+
+    def _path(self, contender: Contender, seed: int) -> str:
+        """Return the path of a trial's bundle, which is that of its record but for the suffix .json."""
+        return storage.join(self.directory, f"{contender.name}-{contender.key}-{seed}")
+
     def _run_trial(self, contender: Contender, seed: int, parent: tracking.Run) -> TrialRecord:
         """Return the record of a trial, from storage if it is finished."""
-        path = storage.join(self.directory, f"{contender.name}-{contender.key}-{seed}.json")
+        path = f"{self._path(contender, seed)}.json"
         name = f"{contender.name}, seed {seed}"
         key = content_key(self.key, contender.name, seed)
         if storage.exists(path) and tracking.is_finished(self.config.experiment, key):

@@ -29,6 +29,7 @@ MIN_CONTEXT = 256
 """Shortest sequence length of the Transformer, which sees nothing before its sequence. Its batch size is chosen so that
 a step has as many tokens as the other contenders' steps."""
 ONE_PROCESS: dict[str, Any] = {"workers": 1, "min_workers": None, "bitwise_elastic": 0}
+ONE_PROCESS |= dict.fromkeys(TrainConfig.INITIAL)  # and random weights
 WIDTH_MULTIPLE = 8
 """Hidden widths are multiples of this, except small ones."""
 
@@ -45,7 +46,7 @@ class Contender:
     @property
     def key(self) -> str:
         """A key of all settings that the result depends on."""
-        train = self.train.model_dump(exclude=set(TrainConfig.PLACEMENT) | {"seed", "steps"})
+        train = self.train.model_dump(exclude={*TrainConfig.PLACEMENT, *TrainConfig.INITIAL, "seed", "steps"})
         transformer = self.transformer and asdict(self.transformer)
         return content_key(self.model, train, transformer)
 

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,8 +201,25 @@ def train(learner: Learner, dataset: Dataset, build_order: type[LaneOrder]) -> N
         dataset.segment_weights("train"),
     )
     with LaneReader(order, lambda i: dataset.read_segment(segments[i]), learner.end_of_text, learner.lanes) as reader:
-        for step in range(config.steps):
-            learner.train_step(*reader.batch(step))
+        train_steps(learner, reader.batch)
+
+
+def train_steps(
+    learner: Learner,
+    batch: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    measure: Callable[[], object] = lambda: None,
+    measurements: int = 1,
+) -> None:
+    """Train for `train.steps` steps, and call `measure` this many times, evenly spread, the last time at the end.
+
+    batch: returns the inputs and targets of a step. Raises Diverged.
+    """
+    steps = learner.config.steps
+    for step in range(steps):
+        learner.train_step(*batch(step))
+        if (step + 1) * measurements // steps > step * measurements // steps:
+            learner.confirm()
+            measure()
 
 
 def main() -> None:

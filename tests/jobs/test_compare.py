@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from gru.comparison.contenders import DEFAULTS
+from gru.comparison.page import HELDOUT
 from gru.comparison.trial import MEASUREMENTS
 from gru.registry.bundle import load_bundle
 
@@ -72,7 +73,7 @@ def records(directory: Path) -> dict[str, int]:
 def test_all_contenders_are_compared_and_their_records_are_stored(
     prepared: Path, mlflow_store: str, tmp_path: Path
 ) -> None:
-    result, log = compare(prepared, "--seconds", "1.5", "--seeds", "1")
+    result, log = compare(prepared, "--seconds", "1.5", "--seeds", "1", "--page", "page.html")
     rows = result["contenders"]
     assert list(rows) == list(DEFAULTS)
     for name, row in rows.items():
@@ -91,6 +92,10 @@ def test_all_contenders_are_compared_and_their_records_are_stored(
     assert set(bundles) == set(DEFAULTS) - {"transformer"}
     for name, bundle in bundles.items():
         assert sum(parameter.numel() for parameter in bundle.model.parameters()) == rows[name]["parameters"]
+
+    page = (prepared / "page.html").read_text()
+    assert f"open {prepared / 'page.html'} in a browser" in log and result["page"] == str(prepared / "page.html")
+    assert {f'"author": "{name}"' in page for name in [*bundles, HELDOUT]} == {True}
 
     client = mlflow.MlflowClient()
     artifacts = {file.path for file in client.list_artifacts(result["run"])}
@@ -150,6 +155,8 @@ def test_a_killed_comparison_resumes_with_the_next_trial(prepared: Path, mlflow_
         (["--contender", "a:train.stpes=1"], "error: --contender a: train.stpes: unknown key; known here: "),
         (["--contender", "gru", "--contender", "gru"], "error: --contender gru: given twice"),
         (["--set", "train.sequence_length=20000"], "error: the corpus has "),
+        (["--page", "p.html", "--contender", "transformer"], "error: --page p.html: needs a recurrent contender"),
+        (["--page", "absent/page.html"], "error: --page absent/page.html: its directory does not exist"),
     ],
 )
 def test_a_mistake_is_one_line(prepared: Path, mlflow_store: str, arguments: list[str], message: str) -> None:

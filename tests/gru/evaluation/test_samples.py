@@ -1,18 +1,10 @@
-from gru.config import EvaluateConfig, TokenizerConfig
+from gru.config import EvaluateConfig
 from gru.corpus.dataset import Dataset
-from gru.corpus.tokenizer import train_tokenizer
 from gru.evaluation.samples import sample_and_search
 from gru.evaluation.scores import read_heldout
-from gru.generation.generate import generate_texts
-from tests.gru.evaluation.models import TEXTS, small
-
-
-def test_samples_begin_with_the_prompt_and_are_reproducible() -> None:
-    tokenizer = train_tokenizer(TokenizerConfig(kind="char"), TEXTS)
-    model = small(tokenizer)
-    first = generate_texts(model, tokenizer, "The", 20, [0.0, 1.0])
-    assert all(text.startswith("The") for text in first)
-    assert first == generate_texts(model, tokenizer, "The", 20, [0.0, 1.0])
+from gru.generation.generate import generate_ids
+from gru.generation.sampling import SamplingParams
+from tests.gru.evaluation.models import small
 
 
 def test_samples_are_searched_for_copies_and_repetition(dataset: Dataset) -> None:
@@ -30,8 +22,9 @@ def test_samples_are_searched_for_copies_and_repetition(dataset: Dataset) -> Non
     assert loop is not None
     assert chance is not None
     assert loop > 0.5 > 0.1 > chance
-    texts = generate_texts(model, tokenizer, "The ", 300, [1.0, 0.0])
-    assert texts == ["The " + tokenizer.decode(report.samples[t][0]) for t in (1.0, 0.0)]
+    params = [SamplingParams(seed=0, temperature=temperature) for temperature in (1.0, 0.0)]
+    ids = generate_ids(model, tokenizer, "The ", 300, params)
+    assert ids == [report.samples[temperature][0] for temperature in (1.0, 0.0)]
 
 
 def test_texts_shorter_than_a_span_have_no_shares(dataset: Dataset) -> None:
