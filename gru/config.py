@@ -18,9 +18,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from gru.errors import UserError
 
 BUILT_IN_SOURCES = ("python-stdlib",)
+NO_MODEL = "none"  # train.init_digest if train.init_from was looked up, and there is no such model yet
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+_NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
 Share = Annotated[float, Field(ge=0, lt=1)]
 GpuCount = Annotated[int, Field(ge=0, le=1)]
 Cell = Literal["gru", "lstm", "rnn", "mingru"]
@@ -402,6 +404,8 @@ class TrainConfig(Section):
         "max_failures",
         "stall_seconds",
     )
+    # The keys for the initial weights, which are the same whatever their name is.
+    INITIAL: ClassVar = ("init_from", "init_digest")
 
     steps: PositiveInt = Field(1000, description="Number of optimizer steps.")
     batch_size: PositiveInt = Field(
@@ -427,6 +431,20 @@ class TrainConfig(Section):
     )
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="Random seed of the initial weights, the order of the text and dropout."
+    )
+    init_from: str | None = Field(
+        None,
+        min_length=1,
+        description="Model to start from instead of random weights: `NAME@ALIAS` or `NAME:VERSION` of the registry, "
+        "`@champion` for this pipeline's own (random weights while it has none), or the path or URL of a bundle or "
+        "checkpoint. Its averaged weights and its tokenizer are used: the shape in [model] must be the same, and keys "
+        "of [tokenizer] must fit it or have their defaults. Schedule, optimizer and hidden states start anew. An alias "
+        "is looked up once, when a run starts.",
+    )
+    init_digest: Annotated[str, Field(pattern=f"^([0-9a-f]{{64}}|{NO_MODEL})$")] | None = Field(
+        None,
+        description="Digest of the bundle that `init_from` must name, as `gru lineage` shows it; `none`: there is none "
+        "yet. A run sets it when it looks up `init_from`. Absent: any.",
     )
     workers: PositiveInt = Field(
         1, description="Number of training processes (data parallelism), at most `batch_size`."
@@ -469,6 +487,8 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
         """Check the keys that depend on each other."""
+        if self.init_digest and not self.init_from:
+            raise ValueError("init_digest needs init_from")
         if self.workers > self.batch_size:
             raise ValueError(
                 f"workers = {self.workers} exceeds batch_size = {self.batch_size}: each worker needs a lane"
@@ -536,6 +556,11 @@ class ServeConfig(Section):
     )
     slots: Annotated[int, Field(ge=4)] = Field(
         32, description="Number of texts that a replica generates together; other requests wait."
+    )
+    threads: PositiveInt = Field(
+        1,
+        description='Threads that compute each step of a model with `cell = "gru"`; use more than 1 only where each '
+        "replica has that many idle cores. The texts do not depend on it.",
     )
     max_queue: PositiveInt = Field(256, description="Maximum requests that wait for a slot; more are refused (429).")
     max_tokens_in_flight: PositiveInt = Field(
@@ -676,6 +701,11 @@ class PipelineConfig(Section):
     @property
     def experiment(self) -> str:
         return self.registry.experiment or self.name
+
+
+def is_model_reference(text: str) -> bool:
+    """Whether `text` names a model of the registry, as NAME@ALIAS, NAME:VERSION, or @ALIAS of the pipeline's own."""
+    return re.fullmatch(rf"({_NAME})?@{_NAME}|{_NAME}:\d+", text) is not None
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> PipelineConfig:

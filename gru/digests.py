@@ -22,6 +22,8 @@ def read_verified(path: str) -> dict[str, bytes]:
     """Return the content of each file named in digests.json. Raises DamagedFiles naming the first wrong file."""
     try:
         digests = storage.read_json(storage.join(path, DIGESTS))
+        if odd := [name for name in digests if "/" in name or name in (".", "..")]:
+            raise DamagedFiles(f"{path}: {DIGESTS} names {odd[0]!r}, which is no file of this directory")
         files = {name: storage.read_bytes(storage.join(path, name)) for name in digests}
     except (FileNotFoundError, ValueError) as error:
         raise DamagedFiles(f"{path}: incomplete: {error}") from None

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 HOME_VARIABLE = "GRU_HOME"
+RAY_VARIABLE = "GRU_RAY_ADDRESS"  # of the embedded Ray; Ray's RAY_ADDRESS names the one that was started last here
+KEY_VARIABLE = "GRU_API_KEY"  # API key of the endpoint
 
 Progress = Callable[[str], None]
 
@@ -43,8 +45,16 @@ class JobContext:
     """Values of the job's own options."""
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="TOML file, such as pipelines/configs/quickstart.toml")
+def add_config_arguments(parser: argparse.ArgumentParser, **positional: Any) -> None:
+    """Add CONFIG and --set. positional: arguments for CONFIG that differ from those of other commands."""
+    about = {"metavar": "CONFIG", "help": "TOML file, such as pipelines/configs/quickstart.toml"}
+    parser.add_argument("config", **(about | positional))
+    add_override_argument(parser)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"keys of CONFIG (relative paths start at the current directory):\n{configuration.describe()}"
+
+
+def add_override_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -52,8 +62,6 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="set KEY of CONFIG to a TOML value; a bare word is a string (repeatable)",
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"keys of CONFIG (relative paths start at the current directory):\n{configuration.describe()}"
 
 
 def load_config(path: str, overrides: list[str]) -> PipelineConfig:
@@ -77,6 +85,9 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
     tokenizer, keys, dropped = (
         path and storage.absolute(path, home) for path in (config.tokenizer.path, config.serve.keys, corpus.dropped)
     )
+    initial = config.train.init_from
+    if initial and not configuration.is_model_reference(initial):
+        initial = storage.normalize(initial, home)
     return config.model_copy(
         update={
             "storage": storage.normalize(config.storage, home),
@@ -84,6 +95,7 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
                 update={"sources": [*map(absolute, corpus.sources)], "source": tables, "dropped": dropped}
             ),
             "tokenizer": config.tokenizer.model_copy(update={"path": tokenizer}),
+            "train": config.train.model_copy(update={"init_from": initial}),
             "serve": config.serve.model_copy(
                 update={"keys": keys, "chat_template": config.serve.chat_template or corpus.chat_template}
             ),
@@ -190,6 +202,8 @@ def start_ray() -> None:
     """
     import ray
 
+    if own := os.environ.get(RAY_VARIABLE):
+        os.environ["RAY_ADDRESS"] = own
     address = os.environ.get("RAY_ADDRESS", "local")
     options: dict[str, Any] = {}
     if address == "local":
@@ -213,10 +227,15 @@ def ray_directory() -> str | None:
 
     The first user of a machine owns the default directory.
     """
-    default = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    default = default_ray_directory()
     if not default.exists() or os.access(default, os.W_OK | os.X_OK, effective_ids=True):
         return None
     return f"{default}-{os.geteuid()}"
+
+
+def default_ray_directory() -> Path:
+    """Return Ray's default directory for the files of a Ray that is started here."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
 
 
 def device(stage: str, resources: GpuResources) -> "torch.device":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from gru.config import PipelineConfig
 from gru.corpus.file_formats import describe_extensions
 from gru.registry import tracking
-from jobs import entry, stages
+from jobs import entry, stages, warm_start
 from jobs.results import Counts, PrepareResult
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def dry_run(config: PipelineConfig) -> Mapping[str, object]:
 
 
 def prepare_dataset(config: PipelineConfig, context: entry.JobContext) -> PrepareResult:
+    config = warm_start.pinned(config)
     stage = stages.prepare_stage(config, context.dataset)
     if result := stage.result():
         return result

@@ -5,18 +5,20 @@ from pathlib import Path
 
 from gru.config import PipelineConfig
 from gru.registry import tracking
-from jobs import entry, stages
-from jobs.results import PromoteResult
+from jobs import entry, stages, warm_start
+from jobs.model_card import model_card
+from jobs.results import PromoteResult, StageResults
 
 
 def run(config: PipelineConfig, context: entry.JobContext) -> PromoteResult:
     entry.require_tracking()
+    config = warm_start.pinned(config)
     prepared = stages.prepare_stage(config, context.dataset).require()
     trained = stages.train_stage(config, prepared).require()
     evaluated = stages.evaluate_stage(config, prepared, trained).require()
     stage = stages.promote_stage(config, trained, evaluated)
-    if result := stage.result():
-        return result
+    if (earlier := stage.result()) is not None:
+        return earlier
     from gru.corpus.dataset import open_dataset
     from gru.evaluation.scores import read_heldout, score
     from gru.registry import versions
@@ -40,7 +42,7 @@ def run(config: PipelineConfig, context: entry.JobContext) -> PromoteResult:
         )
         promoted, reason = versions.promote(candidate, score_champion)
         run.set_tags({"version": candidate.version, "promoted": str(promoted).lower(), "reason": reason})
-    result = {
+    result: PromoteResult = {
         "stage": stage.name,
         "key": stage.key,
         "model": config.model_name,
@@ -50,6 +52,8 @@ def run(config: PipelineConfig, context: entry.JobContext) -> PromoteResult:
         "reason": reason,
         "run": run.id,
     }
+    done: StageResults = {"prepare": prepared, "train": trained, "evaluate": evaluated, "promote": result}
+    versions.describe(candidate, model_card(config, done))
     return stage.commit(result)
 
 

@@ -4,7 +4,7 @@ They are plain dictionaries, so that files, DBOS records and printed lines have 
 """
 
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, NotRequired, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # the standard library's is not validated by pydantic before Python 3.12
@@ -53,6 +53,8 @@ class TrainResult(TypedDict):
     run: str
     """Id of the MLflow run."""
     steps: int
+    initial: NotRequired[str]
+    """What training started from. Absent in older results."""
     heldout_loss: float
     """Nats per token."""
     seconds: float
@@ -191,7 +193,8 @@ def describe(stage: str, result: Mapping[str, Any]) -> str:
         case "prepare":
             return f"{result['documents']:,} documents, {result['bytes'] / 1e6:,.1f} MB, {result['tokens']:,} tokens"
         case "train":
-            return f"{result['steps']:,} steps, held-out {result['heldout_loss']:.3f} nats per token"
+            start = f" from {result['initial']}" if "initial" in result else ""
+            return f"{result['steps']:,} steps{start}, held-out {result['heldout_loss']:.3f} nats per token"
         case "evaluate":
             return f"{result['bits_per_byte']:.3f} bits per byte"
         case "promote":

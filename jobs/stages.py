@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from gru import storage
-from gru.config import PipelineConfig, TrainConfig, content_key
+from gru.config import NO_MODEL, PipelineConfig, TrainConfig, content_key
 from gru.errors import UserError
 from gru.network import url_of
 from jobs.results import (
@@ -128,10 +128,14 @@ def prepare_stage(config: PipelineConfig, directory: str | None = None) -> Stage
 
 
 def train_stage(config: PipelineConfig, prepared: PrepareResult) -> Stage[TrainResult]:
-    """The stage that trains on this dataset. Its key leaves out the number of workers and how often they save, which do
-    not change the result."""
-    settings = config.train.model_dump(exclude=set(TrainConfig.PLACEMENT))
-    key = content_key("train", prepared["digest"], config.model, settings)
+    """The stage that trains on this dataset, of a config whose initial model is looked up (`warm_start.pinned`).
+
+    Its key leaves out the number of workers and how often they save, which do not change the result, and the name of
+    the initial model beside its digest.
+    """
+    settings = config.train.model_dump(exclude={*TrainConfig.PLACEMENT, *TrainConfig.INITIAL})
+    initial = [digest] if (digest := config.train.init_digest) not in (None, NO_MODEL) else []
+    key = content_key("train", prepared["digest"], config.model, settings, *initial)
     return Stage("train", key, storage.join(config.storage, "runs", key, "result.json"), TrainResult)
 
 

@@ -97,11 +97,11 @@ def bucket() -> Iterator[str]:
 def fables(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSON Lines corpus of 3,000 short documents with title and text, whose language is learned quickly."""
     path = tmp_path_factory.mktemp("corpus") / "fables.jsonl"
-    path.write_text("".join(f'{{"title": "{t}", "text": "{b}"}}\n' for t, b in _fables(random.Random(0), 3000)))
+    path.write_text("".join(f'{{"title": "{t}", "text": "{b}"}}\n' for t, b in fable_texts(random.Random(0), 3000)))
     return path
 
 
-def _fables(chance: random.Random, count: int) -> Iterator[tuple[str, str]]:
+def fable_texts(chance: random.Random, count: int) -> Iterator[tuple[str, str]]:
     animals, places = ["fox", "crow", "lion", "mouse", "tortoise", "hare"], ["river", "wood", "field", "road"]
     for _ in range(count):
         one, other = chance.sample(animals, 2)

@@ -31,6 +31,10 @@ class Bundle:
     digest: str
     """SHA-256 over the digests of all files."""
 
+    def save(self, path: str | Path) -> None:
+        """Write the bundle to a directory or URL, from where `load_bundle` reads it."""
+        write_bundle(str(path), self.model.config, self.model.state_dict(), self.tokenizer, self.lineage)
+
 
 def write_bundle(
     path: str,
@@ -57,10 +61,14 @@ def load_bundle(path: str | Path) -> Bundle:
     config = json.loads(files["config.json"])
     model = GRULanguageModel(ModelConfig(**config["model"]), config["vocab_size"])
     model.load_state_dict(with_current_names(load_tensors(files["weights.safetensors"])))
-    digest = storage.sha256(json.dumps({name: storage.sha256(data) for name, data in sorted(files.items())}).encode())
     return Bundle(
         model.eval().requires_grad_(False),
         Tokenizer(files["tokenizer.json"]),
         Lineage.model_validate_json(files["lineage.json"]),
-        digest,
+        digest_of(files),
     )
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """Return the digest of a bundle: SHA-256 over the digests of its files."""
+    return storage.sha256(json.dumps({name: storage.sha256(data) for name, data in sorted(files.items())}).encode())

@@ -18,10 +18,17 @@ class Lineage(BaseModel):
     checkpoint: str | None = None
     """Path of the checkpoint directory whose average the weights are. None for a model of a comparison, which has no
     checkpoint, and in older bundles, which do not record it."""
+    initial: str | None = None
+    """Model that training started from: NAME:VERSION, or the path of a bundle or checkpoint. None: random weights."""
+    initial_digest: str | None = None
     dataset: str
     """Path of the dataset directory."""
     dataset_digest: str
     tokenizer_digest: str
+    heldout_by: str | None = None
+    """How the held-out text was chosen: `hash`, `tail` or `lowest_hash`. None in older bundles."""
+    heldout_share: float | None = None
+    """`corpus.heldout_share` of the dataset. None in older bundles."""
     sources: list[str]
     """Sources of the corpus, as the configuration names them."""
     versions: dict[str, str]

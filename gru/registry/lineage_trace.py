@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gru import storage
+from gru.config import is_model_reference
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.corpus.prepare import recorded_sources
 from gru.digests import DamagedFiles
@@ -24,7 +25,7 @@ from gru.errors import UserError, first_line
 from gru.model.language_model import with_current_names
 from gru.registry import tracking
 from gru.registry.bundle import Bundle
-from gru.registry.versions import Version, fetch_bundle
+from gru.registry.versions import Version, fetch_bundle, find
 
 State = Literal["found", "verified", "different", "absent"]
 """found: it exists; verified: it was read, and equals its record; different: it is damaged or has changed;
@@ -77,6 +78,7 @@ class _Trace:
         for name, check in (
             ("run", self._check_run),
             ("checkpoint", self._check_checkpoint),
+            *([("initial", self._check_initial)] if bundle.lineage.initial else []),
             ("dataset", self._check_dataset),
             ("tokenizer", self._check_tokenizer),
             ("sources", self._check_sources),
@@ -123,6 +125,21 @@ class _Trace:
             weights, served = with_current_names(self._load_average(path)), bundle.model.state_dict()
             if set(weights) != set(served) or not all(torch.equal(weights[name], served[name]) for name in served):
                 raise _Different(f"{path}: its averaged weights differ from the bundle's weights")
+            link.state = "verified"
+
+    def _check_initial(self, link: Link, bundle: Bundle) -> None:
+        name, digest = bundle.lineage.initial, bundle.lineage.initial_digest
+        assert name is not None and digest is not None
+        link.facts = {"name": name, "digest": digest}
+        if not is_model_reference(name):
+            if not storage.exists(name):
+                raise FileNotFoundError(f"{name} does not exist")
+            return
+        version = find(name)
+        _require_same("digest", version.bundle, digest)
+        if self._verify:
+            with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
+                _require_same("digest", fetch_bundle(version, Path(temporary)).digest, digest)
             link.state = "verified"
 
     def _check_dataset(self, link: Link, bundle: Bundle) -> None:
@@ -203,6 +220,8 @@ def _summary(link: Link) -> str:
             return f"{facts['url']}  {facts['status'].lower()}"
         case "checkpoint":
             return str(facts["path"])
+        case "initial":
+            return f"started from {facts['name']} ({facts['digest'][:16]})"
         case "dataset":
             return f"{facts['path']}  {facts['documents']:,} documents, {facts['tokens']:,} tokens"
         case "tokenizer":

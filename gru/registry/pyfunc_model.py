@@ -8,7 +8,7 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from gru.generation.generate import generate_texts
+from gru.generation.generate import generate
 from gru.registry.bundle import Bundle, load_bundle
 
 
@@ -24,16 +24,8 @@ class BundleModel(PythonModel):
         self, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
         settings = {"max_tokens": 64, "temperature": 0.8} | (params or {})
-        return [
-            generate_texts(
-                self.bundle.model,
-                self.bundle.tokenizer,
-                prompt,
-                settings["max_tokens"],
-                [settings["temperature"]],
-            )[0]
-            for prompt in model_input
-        ]
+        options = {"tokens": settings["max_tokens"], "temperature": settings["temperature"], "seed": 0}
+        return [prompt + generate(self.bundle, prompt, **options) for prompt in model_input]
 
 
 mlflow.models.set_model(BundleModel())

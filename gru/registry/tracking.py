@@ -11,9 +11,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from gru.errors import Stopped, first_line
+from gru.storage import sha256
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,17 +22,37 @@ if TYPE_CHECKING:
 
 KEY_TAG = "gru.key"
 LOSS = "train/loss"  # in every point, so its history shows which steps have been logged
-MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # without it the UI opens on traces of agents
+HELDOUT_LOSS = "heldout/loss"
+KEY_METRICS = (LOSS, HELDOUT_LOSS, "heldout/bits_per_byte", "train/tokens", "train/tokens_per_second")
+"""Metrics of training that the run over all stages has too."""
+MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+VIEW = "?workflowType=machine_learning"  # without it a link leads to traces of agents, whatever the experiment's kind
+NOTE_TAG = "mlflow.note.content"  # Markdown, which the UI shows as the run's description
+WRITTEN_TAG = "gru.description"  # digest of the description that this program wrote
 SETTLE_SECONDS = 0.5  # until a run that another process creates at the same moment is visible
 METRICS_PER_CALL = 1000  # MLflow's limit
 
 
 class Point(TypedDict):
-    """The metrics of one step."""
+    """What is logged of one step."""
 
     step: int
     time: float  # seconds since the epoch
     metrics: dict[str, float]
+    sample: NotRequired[str]
+    """A text that the model generated at this step."""
+
+
+def key_points(points: list[Point]) -> list[Point]:
+    """Return the points with no more than their key metrics."""
+    return [
+        {
+            "step": point["step"],
+            "time": point["time"],
+            "metrics": {name: value for name, value in point["metrics"].items() if name in KEY_METRICS},
+        }
+        for point in points
+    ]
 
 
 class Run:
@@ -45,7 +66,8 @@ class Run:
 
     @property
     def url(self) -> str:
-        return f"{self.client.tracking_uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.id}"
+        """The run's page."""
+        return f"{_page(self.client, self.experiment_id)}/{self.id}{VIEW}"
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters, nested sections under dotted names; a parameter that was logged before keeps its value."""
@@ -57,7 +79,10 @@ class Run:
             self.client.log_batch(self.id, params=new[start : start + 100])
 
     def log_points(self, points: list[Point]) -> None:
-        """Log each step that was not logged before: a process that was killed may have logged some of them."""
+        """Log each step that was not logged before: a process that was killed may have logged some of them.
+
+        A sample is the artifact samples/step-STEP.txt, which is the same if it is logged again.
+        """
         from mlflow.entities import Metric
 
         if self._logged is None:
@@ -79,6 +104,29 @@ class Run:
             batch += metrics  # each call is one transaction, so a step is never split between calls
         if batch:
             self._send(batch)
+        for point in points:
+            if "sample" in point:
+                self.client.log_text(self.id, point["sample"], f"samples/step-{point['step']:06}.txt")
+
+    def log_key_points_of(self, run_id: str) -> None:
+        """Log the key metrics of another run, at each step that was not logged before; none if it does not exist.
+
+        A stage that was done earlier may have logged to another server.
+        """
+        from mlflow.exceptions import MlflowException
+
+        points: dict[int, Point] = {}
+        try:
+            self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return
+            raise
+        for name in KEY_METRICS:
+            for each in self.client.get_metric_history(run_id, name):
+                empty: Point = {"step": each.step, "time": each.timestamp / 1000, "metrics": {}}
+                points.setdefault(each.step, empty)["metrics"][name] = each.value
+        self.log_points([points[step] for step in sorted(points)])
 
     def _send(self, batch: "list[Metric]") -> None:
         logged, self._logged = self._logged, None  # if this call fails, only the server knows what it has stored
@@ -109,7 +157,7 @@ class Run:
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        for metric, style in ((LOSS, {"alpha": 0.6}), ("heldout/loss", {"marker": "o"})):
+        for metric, style in ((LOSS, {"alpha": 0.6}), (HELDOUT_LOSS, {"marker": "o"})):
             if points := self.history(metric):
                 axes.plot(*zip(*points, strict=True), label=metric, **style)
         axes.set(xlabel="step", ylabel="nats per token")
@@ -159,6 +207,17 @@ class Run:
         """Set tags of the run."""
         for name, value in tags.items():
             self.client.set_tag(self.id, name, value)
+
+    def describe(self, text: str) -> None:
+        """Set the run's description, Markdown, unless a person has written one."""
+        from mlflow.entities import RunTag
+
+        tags = self.client.get_run(self.id).data.tags
+        shown = tags.get(NOTE_TAG, "")
+        if shown and tags.get(WRITTEN_TAG) != sha256(shown.encode()):
+            return
+        written = [RunTag(NOTE_TAG, text), RunTag(WRITTEN_TAG, sha256(text.encode()))]
+        self.client.log_batch(self.id, tags=written)  # one transaction
 
     def finish(self, status: str = "FINISHED") -> None:
         """Set the run's final status."""
@@ -253,6 +312,18 @@ def stage_run(experiment: str, key: str, name: str, parent: str | None = None) -
         run.finish("FAILED")
         raise
     run.finish()
+
+
+def experiment_url(name: str) -> str:
+    """Return the page with the runs of an experiment, which is created if there is none of this name."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    return f"{_page(client, _experiment_id(client, name))}{VIEW}"
+
+
+def _page(client: "MlflowClient", experiment_id: str) -> str:
+    return f"{client.tracking_uri.rstrip('/')}/#/experiments/{experiment_id}/runs"
 
 
 def _experiment_id(client: "MlflowClient", name: str) -> str:

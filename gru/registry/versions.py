@@ -78,6 +78,15 @@ def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldou
     return _version(client.create_model_version(name, info.model_uri, run.id, tags=tags, model_id=info.model_id))
 
 
+def describe(version: Version, text: str) -> None:
+    """Set the version's description, Markdown, unless it has one."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    if not client.get_model_version(version.name, version.version).description:
+        client.update_model_version(version.name, version.version, text)
+
+
 def promote(candidate: Version, score_champion: Callable[[Version], float]) -> tuple[bool, str]:
     """Make the candidate the champion if its bits per byte are lower than the current champion's on the same held-out
     text, else the challenger. `score_champion` scores a champion whose recorded score is on other text.
@@ -113,7 +122,9 @@ def promote(candidate: Version, score_champion: Callable[[Version], float]) -> t
 def rollback(name: str, to: str | None = None) -> Version:
     """Move `@champion` to the version `to`, or back to the one that had it before. Raises UserError if there is none.
 
-    If the alias was moved by hand, that is the version that was promoted, or returned to by a rollback, last.
+    If the alias was moved by hand, that is the version that was promoted, or returned to by a rollback, last. After a
+    move to a version that was not champion before the current one, such as a newer one, the current one is the one
+    before.
     """
     from mlflow import MlflowClient
 
@@ -123,13 +134,28 @@ def rollback(name: str, to: str | None = None) -> Version:
     target = to or champion.previous or _last_promoted(champion)
     if target is None:
         raise UserError(
-            f"model {name!r}: version {champion.version} is the first champion: there is no version to roll back to"
+            f"model {name!r}: version {champion.version} is the first champion: there is no version to roll back to; "
+            "to move to a newer one, name it with --to"
         )
     version = find(f"{name}:{target}")  # which may not exist, or not any more
     client = MlflowClient()
+    if to and version.version not in _line_of(champion):
+        client.set_model_version_tag(name, version.version, PREVIOUS_TAG, champion.version)
     client.set_model_version_tag(name, version.version, RETURNED_TAG, repr(time.time()))
     client.set_registered_model_alias(name, CHAMPION, version.version)
     return version
+
+
+def _line_of(champion: Version) -> list[str]:
+    """Return the champion's version and those that further rollbacks lead to."""
+    from mlflow import MlflowClient
+
+    entities = MlflowClient().search_model_versions(f"name = '{champion.name}'")
+    before = {str(entity.version): entity.tags.get(PREVIOUS_TAG) for entity in entities}
+    line = [champion.version]
+    while (earlier := before.get(line[-1])) and earlier not in line:
+        line.append(earlier)
+    return line
 
 
 def _last_promoted(champion: Version) -> str | None:

@@ -142,17 +142,18 @@ def best_heldout_loss(run: str) -> float:
 
 
 def prune(run: str, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the one with the lowest held-out loss.
+    """Remove the checkpoints that are `spare`. Nothing may be writing one."""
+    for path in spare(run, keep):
+        storage.remove(path)
 
-    Incomplete checkpoints are removed too: nothing is writing them any more.
-    """
+
+def spare(run: str, keep: int) -> list[str]:
+    """Return all but the `keep` newest checkpoints and the one with the lowest held-out loss; incomplete ones too."""
     complete = [path for path in paths(run) if storage.exists(storage.join(path, DIGESTS))]
     retained = set(complete[:keep])
     if measured := list(_measured(complete)):
         retained.add(min(measured, key=lambda pair: pair[1])[0])
-    for path in paths(run):
-        if path not in retained:
-            storage.remove(path)
+    return [path for path in paths(run) if path not in retained]
 
 
 def _measured(checkpoints: list[str]) -> Iterator[tuple[str, float]]:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 
 import ray
 import ray.exceptions
@@ -10,6 +11,7 @@ from ray.actor import ActorHandle
 from gru.config import TrainConfig
 from gru.registry import tracking
 from gru.training.checkpoint_writer import CheckpointWriter
+from gru.training.progress import progress_line, sample_line
 
 SAVE, STOP, CHECK_PREEMPTION = 1, 2, 4
 """Decisions, as bits: save a checkpoint; save one and stop; check whether a node is about to be preempted."""
@@ -21,15 +23,23 @@ RETRY_SECONDS = 5.0
 class Coordinator:
     """Decisions by the clock, by the state of the checkpoint writer, and by whether the driver requests a stop."""
 
-    def __init__(self, config: TrainConfig, writer: CheckpointWriter, channel: ActorHandle, first_step: int) -> None:
-        """first_step: the step from which this process trains."""
+    def __init__(
+        self,
+        config: TrainConfig,
+        writer: CheckpointWriter,
+        channel: ActorHandle,
+        first_step: int,
+        heldout_losses: Sequence[float],
+    ) -> None:
+        """first_step: the step from which this process trains. heldout_losses: those measured before it."""
         self.writer = writer
+        self.heldout_losses = list(heldout_losses)
+        """All held-out losses of the run so far."""
         self._config, self._channel = config, channel
         self._first_step = first_step
         self._started = self._saved_at = self._checked_at = time.monotonic()
         self._saved_step = first_step
         self._stopping = threading.Event()
-        self._heldout_loss: float | None = None
         threading.Thread(target=self._listen, name="listen-for-stop", daemon=True).start()
 
     def _listen(self) -> None:
@@ -64,17 +74,17 @@ class Coordinator:
         """Record that a checkpoint of this step was queued now."""
         self._saved_at, self._saved_step = time.monotonic(), step
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Add a point to the metrics, and show its progress line."""
+    def log(self, step: int, metrics: dict[str, float], sample: str | None) -> None:
+        """Add a point to the metrics, and show it: its progress line, and the sample if there is one."""
         if self.writer.seconds is not None:
             metrics["train/checkpoint_seconds"], self.writer.seconds = self.writer.seconds, None
-        self.writer.add({"step": step, "time": time.time(), "metrics": metrics})
-        self._heldout_loss = metrics.get("heldout/loss", self._heldout_loss)
+        point: tracking.Point = {"step": step, "time": time.time(), "metrics": metrics}
+        if sample is not None:
+            point["sample"] = sample
+            self._channel.show.remote(sample_line(step, sample))
+        self.writer.add(point)
+        if tracking.HELDOUT_LOSS in metrics:
+            self.heldout_losses.append(metrics[tracking.HELDOUT_LOSS])
         steps = self._config.steps
         remaining = (time.monotonic() - self._started) / (step - self._first_step) * (steps - step)
-        line = f"step {step:,}/{steps:,}, loss {metrics[tracking.LOSS]:.3f}"
-        if self._heldout_loss is not None:
-            line += f", held-out {self._heldout_loss:.3f}"
-        line += f", {metrics['train/tokens_per_second']:,.0f} tokens/s"
-        line += f", {remaining // 60:.0f}:{remaining % 60:02.0f} remaining"
-        self._channel.set_progress.remote(line)
+        self._channel.set_progress.remote(progress_line(step, steps, metrics, self.heldout_losses, remaining))

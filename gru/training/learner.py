@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.batches import splitmix64, stream_batches
+from gru.errors import UserError
+from gru.machine import available_cpus
 from gru.model.interface import LanguageModel
 from gru.model.language_model import GRULanguageModel
 from gru.model.loss import stream_loss
@@ -35,6 +37,18 @@ class Diverged(Exception):
 
     def __init__(self, step: int, norm: float) -> None:
         super().__init__(f"the gradient's norm is {norm} at step {step}")
+
+
+def diverged(reason: str) -> UserError:
+    """Return the error that tells people why a training has diverged, and what to do."""
+    return UserError(f"training diverged: {reason}: lower train.learning_rate or train.clip")
+
+
+def threads(config: TrainConfig, local_workers: int) -> int:
+    """Return the number of CPU threads of each of the workers on this machine."""
+    if config.threads or config.bitwise_elastic:
+        return config.threads or 1
+    return max(1, available_cpus() // local_workers)
 
 
 def share(total: int, rank: int, world: int) -> range:
@@ -88,6 +102,7 @@ class Learner:
         self.lanes_by_rank = [own_lanes(config, other, world) for other in range(world)]
         self.lanes = self.lanes_by_rank[rank]
         self.step = 0
+        self.warm_start = False
         torch.manual_seed(config.seed)
         self.precision = resolve(model, self.device)
         self.model = build(model, vocab_size, MATMUL_DTYPES[self.precision]).to(self.device)
@@ -113,7 +128,9 @@ class Learner:
         `confirm` raises Diverged.
         """
         rate = learning_rate(self.config, self.step, elapsed)
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = self.config.ema_decay
+        if not self.warm_start:  # the average soon forgets the random weights
+            decay = min(decay, (1 + self.step) / (10 + self.step))
         self._inputs.set(inputs_TB, targets_TB, rate, 1 - decay, self._key())
         self._run(len(inputs_TB))
         self.step += 1
@@ -214,16 +231,24 @@ class Learner:
                 suspects.append(lane)
         return suspects
 
+    @property
+    def _all_heldout_lanes(self) -> int:
+        return max(self.world, min(16, self.config.batch_size))
+
+    @property
+    def heldout_lanes(self) -> range:
+        """The lanes in which this worker reads held-out text."""
+        return share(self._all_heldout_lanes, self.rank, self.world)
+
     def heldout_loss(self, tokens: np.ndarray, heartbeat: Callable[[], None] = lambda: None) -> float:
         """Return the mean loss of the averaged weights over a stream of tokens, in nats per token.
 
         Each worker reads a part of the stream. heartbeat: called before each batch.
         """
-        lanes = max(self.world, min(16, self.config.batch_size))
-        own = share(lanes, self.rank, self.world)
+        own = self.heldout_lanes
 
         def batches() -> Iterator[tuple[np.ndarray, ...]]:
-            for batch in stream_batches(tokens, lanes, 256, self.end_of_text):
+            for batch in stream_batches(tokens, self._all_heldout_lanes, 256, self.end_of_text):
                 heartbeat()
                 yield tuple(part[:, own.start : own.stop] for part in batch)
 
@@ -257,19 +282,30 @@ class Learner:
             padded = F.pad(self.state_LBH, (0, 0, 0, max(widths) - len(self.lanes)))
             dist.all_gather(states, padded.contiguous())
             states = [part[:, :width] for part, width in zip(states, widths, strict=True)]
+        state = {**state, "step": self.step, "warm_start": self.warm_start}
         if self.rank:
-            return Checkpoint({}, {**state, "step": self.step})
+            return Checkpoint({}, state)
         tensors = {
             "model": self._layout.views(_copied(self._weights_P)),
             "ema": self._layout.views(_copied(self._average_P)),
             "optimizer": self._optimizer.tensors(_copied),
             "lanes": {"state": _copied(torch.cat(states, dim=1))},
         }
-        return Checkpoint(tensors, {**state, "step": self.step})
+        return Checkpoint(tensors, state)
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Start from these weights and the same average instead of random ones; all else is new.
+
+        The average then moves with `ema_decay` from the first step: it has something to lose while the weights adapt.
+        """
+        self.warm_start = True
+        self.model.load_state_dict(weights)
+        self.average.load_state_dict(weights)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint, written by any number of workers."""
         self.step = checkpoint.step
+        self.warm_start = checkpoint.state.get("warm_start", False)
         self._done.fill_(self.step)
         self.model.load_state_dict(checkpoint.tensors["model"])
         self.average.load_state_dict(checkpoint.tensors["ema"])

@@ -1,5 +1,6 @@
-"""The loss and rates of training between two logged points."""
+"""The loss and rates of training between two logged points, and the memory it takes."""
 
+import resource
 import time
 from typing import Any
 
@@ -45,3 +46,10 @@ class Meter:
             "train/data_wait_share": self.data_wait / elapsed,
             "train/checkpoint_wait_share": self.checkpoint_wait / elapsed,
         }
+
+
+def memory_gigabytes(device: torch.device) -> float:
+    """Return the most memory that this process has had at a time: the device's if that is a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # in KiB on Linux

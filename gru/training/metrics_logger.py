@@ -5,6 +5,7 @@ the process runs Python; importing MLflow alone would cost seconds of that.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -17,17 +18,24 @@ from gru.registry import tracking
 class MetricsLogger:
     """The actor. It opens the MLflow run at the first points, and logs this machine's metrics from then on."""
 
-    def __init__(self, uri: str, run_id: str) -> None:
-        self._uri, self._run_id = uri, run_id
+    def __init__(self, uri: str, run_id: str, parent_id: str | None) -> None:
+        """parent_id: the run over all stages, which gets the key metrics too."""
+        self._uri, self._run_id, self._parent_id = uri, run_id, parent_id
         self._run: tracking.Run | None = None
+        self._parent: tracking.Run | None = None
         self._stop_watching: Callable[[], None] | None = None
 
     def log(self, points: list[tracking.Point]) -> None:
         """Log points in MLflow, each once. Raises what MLflow raises."""
         if self._run is None:
-            self._run = tracking.open_metrics(self._uri, self._run_id)
-            self._stop_watching = self._run.watch_system()
+            run = tracking.open_metrics(self._uri, self._run_id)
+            self._run, self._stop_watching = run, run.watch_system()
         self._run.log_points(points)
+        with suppress(Exception):  # the workflow logs what is missing there when the stage is done
+            if self._parent_id and self._parent is None:
+                self._parent = tracking.find_run(self._parent_id)
+            if self._parent:
+                self._parent.log_points(tracking.key_points(points))
 
     def close(self) -> None:
         """Stop logging this machine's metrics."""
@@ -35,8 +43,8 @@ class MetricsLogger:
             self._stop_watching()
 
 
-def start(uri: str, run_id: str) -> ActorHandle:
+def start(uri: str, run_id: str, parent_id: str | None) -> ActorHandle:
     """Start the actor on this node. It ends with the calling process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote(MetricsLogger)
-    return remote.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(uri, run_id)
+    return remote.options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote(uri, run_id, parent_id)

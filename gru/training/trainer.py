@@ -21,6 +21,7 @@ from gru.errors import GaveUp, Stopped, UserError, find_user_error, first_line
 from gru.training import checkpoint as checkpoints
 from gru.training import driver_channel, worker_loop
 from gru.training.failures import FailureReporter, describe_failures
+from gru.training.initial_model import TOKENIZER, InitialModel
 from gru.training.scaling import FreeResourcesPolicy
 from gru.training.stop_signal import StopSignal, catch_signals, run_in_thread
 
@@ -38,21 +39,20 @@ def train(
     tracking_uri: str,
     tracking_run: str,
     show: Callable[[str], None],
+    *,
+    initial: InitialModel | None = None,
+    tracking_parent: str | None = None,
+    prompt: str = "\n",
 ) -> checkpoints.Checkpoint:
     """Train to the last step in the directory `run`, resuming from its newest checkpoint, and return the last one.
 
+    initial: what a run without a checkpoint starts from; None: random weights. tracking_parent: the MLflow run over all
+    stages, which gets the key metrics too. prompt: of the samples that are shown and logged with each held-out loss.
     Ray must be initialised. In the main thread, SIGTERM and SIGINT make it save a checkpoint and stop. Raises UserError
     for a corpus too small for the batch size, a run directory of another dataset or model, and training that diverges;
     GaveUp if workers failed more often than `max_failures`; Stopped after a signal.
     """
-    manifest = dataset.manifest
-    identity = {
-        "dataset": manifest.digest,
-        "tokenizer": manifest.tokenizer_digest,
-        "model": model.model_dump(),
-        "lanes": config.batch_size,
-        "seed": config.seed,
-    }
+    identity = _identity(model, config, dataset, initial)
     # Raises UserError if the corpus is too small.
     LaneOrder(
         [segment.tokens for segment in dataset.segments("train")],
@@ -65,14 +65,43 @@ def train(
         return last
     if cluster.is_too_small(resources, config.min_workers or config.workers):  # an autoscaling cluster may still grow
         show(f"waiting: {_describe_shortage(config, resources)}")
+    dataset.tokenizer().encode(prompt)  # raises UserError before any worker starts
+    with storage.full_disk_is_user_error(run):  # another run may start from a checkpoint of this one
+        storage.write_bytes(storage.join(run, TOKENIZER), dataset.tokenizer().json)
+    directory = initial.directory if initial else None
     with driver_channel.open_channel(show) as channel, catch_signals() as stop_signal:
         assignment = worker_loop.Assignment(
-            model, config, dataset.directory, run, identity, tracking_uri, tracking_run, channel
+            model,
+            config,
+            dataset.directory,
+            run,
+            identity,
+            directory,
+            tracking_uri,
+            tracking_run,
+            tracking_parent,
+            prompt,
+            channel,
         )
         _fit_until_done(assignment, resources, stop_signal, show)
     last = _last(run, identity)
     assert last is not None and last.step == config.steps, "the run ended without its last checkpoint"
     return last
+
+
+def _identity(
+    model: ModelConfig, config: TrainConfig, dataset: Dataset, initial: InitialModel | None
+) -> dict[str, Any]:
+    """Return what a checkpoint must have been trained on to be resumed."""
+    manifest = dataset.manifest
+    return {
+        "dataset": manifest.digest,
+        "tokenizer": manifest.tokenizer_digest,
+        "model": model.model_dump(),
+        "lanes": config.batch_size,
+        "seed": config.seed,
+        "initial": initial.digest if initial else None,
+    }
 
 
 def _last(run: str, identity: dict[str, Any]) -> checkpoints.Checkpoint | None:

@@ -30,19 +30,21 @@ from gru.config import ModelConfig, TrainConfig
 from gru.corpus.batches import LaneOrder, LaneReader, Tokens
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.errors import UserError
-from gru.machine import available_cpus
+from gru.model.language_model import GRULanguageModel
 from gru.model.precision import Precision, resolve
 from gru.registry import tracking
 from gru.training import checkpoint as checkpoints
-from gru.training import metrics_logger
+from gru.training import initial_model, metrics_logger
 from gru.training.checkpoint import Checkpoint
 from gru.training.checkpoint_writer import CheckpointWriter
 from gru.training.coordinator import CHECK_PREEMPTION, SAVE, STOP, Coordinator
-from gru.training.learner import Diverged, Learner
-from gru.training.meter import Meter
+from gru.training.learner import Diverged, Learner, diverged, threads
+from gru.training.meter import Meter, memory_gigabytes
+from gru.training.sampler import sample_ids
 from gru.training.watchdog import Watchdog
 
 READ_PATIENCE_SECONDS = 30.0
+PROMPT_TOKENS = 200  # of a sample
 SAVE_PATIENCE_SECONDS = 120.0
 LOG_PATIENCE_SECONDS = 60.0
 DIVERGENCE = "divergence.json"
@@ -62,20 +64,29 @@ class Assignment:
     """Directory of the run."""
     identity: dict[str, Any]
     """What a checkpoint must have been trained on to be resumed, such as the dataset's digest."""
+    initial: str | None
+    """Directory of the initial model; None: the run starts from random weights."""
     tracking_uri: str
     tracking_run: str
+    tracking_parent: str | None
+    """The run over all stages, which gets the key metrics too."""
+    prompt: str
+    """Prompt of the samples."""
     channel: ActorHandle
     """The `DriverChannel`."""
 
 
 def run_worker(config: dict[str, Assignment]) -> None:
-    """Train to the last step, resuming from the newest checkpoint. Ray Train calls this function in each worker."""
+    """Train to the last step, from the newest checkpoint, or else from the initial model or random weights.
+
+    Ray Train calls this function in each worker.
+    """
     assignment = config["assignment"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     if rank == 0:
         ray.get(assignment.channel.set_placement_group.remote(ray.util.get_current_placement_group()))
-    torch.set_num_threads(_threads(assignment.train, context.get_local_world_size()))
+    torch.set_num_threads(threads(assignment.train, context.get_local_world_size()))
     with Watchdog(assignment.train.stall_seconds, partial(_exit_stalled, assignment, rank)) as watchdog:
         dataset = open_dataset(assignment.dataset)
         device = ray.train.torch.get_device()
@@ -87,14 +98,10 @@ def run_worker(config: dict[str, Assignment]) -> None:
         learner = Learner(model, assignment.train, manifest.vocab_size, manifest.end_of_text, rank, world, device)
         if resumed:
             learner.restore(resumed)
+        elif assignment.initial:
+            learner.start_from(initial_model.load_weights(assignment.initial))
         watchdog.heartbeat()
         WorkerLoop(assignment, dataset, learner, watchdog).run(resumed)
-
-
-def _threads(config: TrainConfig, local_workers: int) -> int:
-    if config.threads or config.bitwise_elastic:
-        return config.threads or 1
-    return max(1, available_cpus() // local_workers)
 
 
 def _choose_checkpoint(assignment: Assignment, rank: int, watchdog: Watchdog) -> str | None:
@@ -152,6 +159,9 @@ class WorkerLoop:
             dataset.segment_weights("train"),
         )
         self.heldout = dataset.first_tokens("heldout", config.heldout_tokens)
+        self.tokenizer = dataset.tokenizer()
+        heldout_bytes = len(self.tokenizer.decode_bytes(self.heldout))
+        self.bits_per_byte_per_nat = len(self.heldout) / heldout_bytes / math.log(2)
         self.meter = Meter()
         self.coordinator: Coordinator | None = None
         """Rank 0's; None in other workers."""
@@ -188,23 +198,24 @@ class WorkerLoop:
         """Measure, log and save what is due after a step; False if the worker stops. May raise Diverged."""
         learner, config = self.learner, self.config
         last = learner.step == config.steps
-        heldout_loss = None
+        heldout_loss = sample = None
         if learner.step % config.heldout_steps == 0 or last:
             learner.confirm()
             heldout_loss = learner.heldout_loss(self.heldout, self.watchdog.heartbeat)
             if not math.isfinite(heldout_loss):  # a finite gradient was too large for the weights all the same
                 reason = f"the held-out loss is {heldout_loss} at step {learner.step}"
-                self._report_outcome({"diverged": _advise(reason)})
+                self._report_outcome({"diverged": str(diverged(reason))})
                 return False
+            sample = self._sample()
         if learner.step % config.log_steps == 0 or last or heldout_loss is not None:
-            self._log(learner.confirm(), heldout_loss)
+            self._log(learner.confirm(), heldout_loss, sample)
             self.meter = Meter()
         return self._follow_decision(heldout_loss, last)
 
     def _start_coordinator(self, stack: ExitStack, resumed: Checkpoint | None) -> None:
         """Start what only rank 0 has: the metrics logger, the checkpoint writer and the coordinator."""
         assignment = self.assignment
-        logger = metrics_logger.start(assignment.tracking_uri, assignment.tracking_run)
+        logger = metrics_logger.start(assignment.tracking_uri, assignment.tracking_run, assignment.tracking_parent)
 
         def log_points(points: list[tracking.Point]) -> None:
             ray.get(logger.log.remote(points), timeout=LOG_PATIENCE_SECONDS)
@@ -219,7 +230,8 @@ class WorkerLoop:
         show: Any = assignment.channel.show.remote
         writer = CheckpointWriter(assignment.run, self.config.keep, log_points, points, best, show)
         stack.callback(writer.close)
-        self.coordinator = Coordinator(self.config, writer, assignment.channel, self.learner.step)
+        losses = resumed.state.get("heldout_losses", []) if resumed else []
+        self.coordinator = Coordinator(self.config, writer, assignment.channel, self.learner.step, losses)
 
     def _read(self, index: int) -> Tokens:
         """Return the tokens of a segment. Retries for `READ_PATIENCE_SECONDS` if the storage is unavailable."""
@@ -233,15 +245,31 @@ class WorkerLoop:
                 self.assignment.channel.show.remote(f"could not read the dataset, retrying: {error}")
                 time.sleep(2)
 
-    def _log(self, norm: float, heldout_loss: float | None) -> None:
+    def _sample(self) -> str | None:
+        """Return what the averaged weights generate, on rank 0; the other workers wait for it."""
+        if self.coordinator is None:
+            return None
+        model = self.learner.average
+        assert isinstance(model, GRULanguageModel)
+        lanes = 1 if self.learner.device.type == "cpu" else len(self.learner.heldout_lanes)
+        prompt = self.assignment.prompt
+        tokens = self.tokenizer.encode(prompt)[-PROMPT_TOKENS:].tolist()  # the other workers wait no longer than that
+        ids = sample_ids(model, tokens, self.tokenizer.end_of_text, lanes)
+        self.watchdog.heartbeat()
+        return prompt + self.tokenizer.decode(ids)
+
+    def _log(self, norm: float, heldout_loss: float | None, sample: str | None) -> None:
         [mean_loss] = self.learner.sum_over_workers([self.meter.mean_loss()])
         if self.coordinator is None:
             return
         metrics = {tracking.LOSS: mean_loss, "train/gradient_norm": norm, **self.meter.rates()}
         metrics["train/learning_rate"] = self.learner.learning_rate
+        metrics["train/tokens"] = self.order.tokens_before(self.learner.step)
+        metrics["train/memory_gigabytes"] = memory_gigabytes(self.learner.device)
         if heldout_loss is not None:
-            metrics["heldout/loss"] = heldout_loss
-        self.coordinator.log(self.learner.step, metrics)
+            metrics[tracking.HELDOUT_LOSS] = heldout_loss
+            metrics["heldout/bits_per_byte"] = heldout_loss * self.bits_per_byte_per_nat
+        self.coordinator.log(self.learner.step, metrics, sample)
 
     def _follow_decision(self, heldout_loss: float | None, last: bool) -> bool:
         """Do what the coordinator decides after a step; False if the worker stops, with its last checkpoint written."""
@@ -280,6 +308,7 @@ class WorkerLoop:
             "versions": {"torch": str(torch.__version__), "ray": ray.__version__},
             "since_point": {"loss": loss, "steps": self.meter.steps},
             "points": self.coordinator.writer.points() if self.coordinator else [],
+            "heldout_losses": [*self.coordinator.heldout_losses] if self.coordinator else [],
         }
         return self.learner.checkpoint(state)
 
@@ -306,7 +335,7 @@ class WorkerLoop:
             storage.write_json(path, {"step": learner.step + 1, "reason": str(divergence), "lanes": lanes})
         where = f" in {len(lanes)} of {len(marks)} lanes" if lanes else ", but in no lane alone"
         reason = f"{divergence}{where} (their documents: {path}); {saved}"
-        self._report_outcome({"diverged": _advise(reason)})
+        self._report_outcome({"diverged": str(diverged(reason))})
 
     def _documents(self, lane: int) -> list[str]:
         """Return the hashes of the documents that a lane reads at the learner's step."""
@@ -321,7 +350,3 @@ class WorkerLoop:
         """Tell the driver why all workers stop early. After an exception, Ray Train would only restart them."""
         if self.coordinator and outcome:
             ray.get(self.assignment.channel.set_outcome.remote(outcome))
-
-
-def _advise(reason: str) -> str:
-    return f"training diverged: {reason}: lower train.learning_rate or train.clip"

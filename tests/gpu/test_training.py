@@ -13,9 +13,11 @@ import torch.multiprocessing as multiprocessing
 
 from gru.config import ModelConfig, TrainConfig
 from gru.corpus.batches import LaneOrder, LaneReader
+from gru.model.language_model import GRULanguageModel
 from gru.model.transformer import Transformer, TransformerConfig
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Diverged, Learner
+from gru.training.sampler import sample_ids
 from gru.training.step_graph import StepGraph
 
 VOCAB, END = 96, 0
@@ -65,6 +67,20 @@ def test_a_graph_computes_what_its_operations_compute(device: torch.device) -> N
     plain._run = StepGraph(plain._compute, device, record=False)
     assert train(graphs, 30) == train(plain, 30)
     assert_same(graphs, plain)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_training_has_the_same_bits_with_samples(device: torch.device, cell: str) -> None:
+    model = MODEL.model_copy(update={"cell": cell})
+    without, with_samples = learner(device, model), learner(device, model)
+    train(without, 30)
+    samples = []
+    for step in range(1, 31):
+        train(with_samples, step)
+        assert isinstance(with_samples.average, GRULanguageModel)
+        samples.append(sample_ids(with_samples.average, [1, 2], END, len(with_samples.heldout_lanes)))
+    assert_same(with_samples, without)
+    assert samples[0] != samples[-1]
 
 
 @pytest.mark.parametrize("stop", [1, 11, 17])

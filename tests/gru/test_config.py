@@ -23,7 +23,7 @@ def minimal(tmp_path: Path) -> Path:
     return write(tmp_path / "c.toml", '[corpus]\nsources = ["a.txt"]\n')
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "shakespeare", "poetry", "gpu"])
+@pytest.mark.parametrize("preset", ["quickstart", "shakespeare", "novel", "poetry", "gpu"])
 def test_presets_are_valid(preset: str) -> None:
     assert load(CONFIGS / f"{preset}.toml").name == preset
 
@@ -60,6 +60,8 @@ def test_json_text_is_the_same_configuration(minimal: Path) -> None:
         ("evaluate.temperatures=[-1]", "evaluate.temperatures.0: must be a number >= 0, not -1"),
         ("train.workers=99", "train: workers = 99 exceeds batch_size = 32"),
         ("train.min_workers=2", "train: min_workers = 2 exceeds workers = 1"),
+        ("train.init_digest=none", "train: init_digest needs init_from"),
+        ("train.init_digest=0", "train.init_digest: must be a string, not 0"),
         ("train.bitwise_elastic=64", "train: bitwise_elastic = 64 exceeds batch_size = 32"),
         ("tokenizer.kind=sentence", "tokenizer.kind: must be 'bpe', 'char', 'byte' or 'word', not 'sentence'"),
         ("corpus.source=[{path=5}]", "corpus.source.0.path: must be a path or URL, or a list of them, not 5"),

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import socket
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from gru.config import PipelineConfig, load
 from gru.corpus.preview import look as look_at
 from gru.errors import UserError
+from gru.network import free_port
 from jobs import entry, init
 from pipelines import cli
 
@@ -233,6 +235,55 @@ def test_a_wrong_name_is_a_mistake() -> None:
     write("a.txt", sentence())
     with pytest.raises(UserError, match="--name 'a b': must be letters"):
         init.init(["a.txt"], 30, "a b")
+
+
+def test_the_config_of_a_text_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a.txt", "\n".join(sentence() for _ in range(300)))
+    write("b/b.txt", "\n".join(sentence() for _ in range(300)))
+    shown: list[str] = []
+    assert init.find_or_write(["a.txt"], None, None, shown.append) == "a.toml"
+    assert shown[-2].startswith("chosen: a char tokenizer; ") and "a.toml, written" in shown[-1]
+    first = Path("a.toml").read_bytes()
+    assert entry.load_config("a.toml", []).corpus.paths == [str(Path("a.txt").absolute())]
+    monkeypatch.setattr(init, "measure_speed", None)  # a slower moment must not lead to another config
+    assert init.find_or_write(["./a.txt"], 5, None, shown.append) == "a.toml"
+    assert Path("a.toml").read_bytes() == first and "--minutes has no effect" in shown[-1]
+    with pytest.raises(UserError, match=r"^a\.toml exists and has other sources"):
+        init.find_or_write(["b/"], None, "a", shown.append)
+    assert [path.name for path in Path().glob("*.toml")] == ["a.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["c.toml", "a.txt"], "c.toml is a config: give it alone, or give paths of text only"),
+        (["c.toml", "--minutes=5"], "--minutes and --name are for text: set train.steps and name in c.toml"),
+        (["absent"], "no such file: .*absent"),
+    ],
+)
+def test_run_takes_a_config_or_text(arguments: list[str], message: str) -> None:
+    parsed = cli.build_parser().parse_args(["run", *arguments])
+    with pytest.raises(UserError, match=message):
+        parsed.command(parsed)
+
+
+def test_run_writes_the_config_and_looks_at_the_machine_before_it_starts_anything(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("a.txt", "\n".join(sentence() for _ in range(300)))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = [f"--ray-port={port}", f"--mlflow-port={free_port()}", f"--set=serve.port={free_port()}"]
+        parsed = cli.build_parser().parse_args(["run", "a.txt", *ports])
+        with pytest.raises(UserError, match=f"port {port} is in use by .* choose another with --ray-port"):
+            parsed.command(parsed)
+        monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + 40 * "x")
+        with pytest.raises(UserError, match="too long for Ray's sockets"):
+            parsed.command(parsed)
+    assert "config: a.toml, which exists" in capsys.readouterr().err
+    assert not [*Path("store").glob("embedded/*.json")]
 
 
 def test_the_command_prints_the_config_on_stdout_and_a_report_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

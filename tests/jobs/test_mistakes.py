@@ -52,6 +52,7 @@ def prepare(directory: Path, *overrides: str) -> str:
         ("train.stpes=1", "config.toml: train.stpes: unknown key"),
         ("train.steps=soon", "config.toml: train.steps: "),
         ("corpus.sources=['none.txt']", "no such file: .*none.txt"),
+        ("train.init_from=./none", 'train.init_from = "/.*/none": no bundle and no checkpoint'),
         ("storage=/proc/store", "storage = '/proc/store': cannot write there"),
     ],
 )

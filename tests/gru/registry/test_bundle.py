@@ -30,6 +30,15 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path, tokenizer: Tokenizer, name:
         load_bundle(path)
 
 
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", ".."])
+def test_a_bundle_that_names_files_outside_of_it_is_refused(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+    path = Path(write(tmp_path / "bundle", tokenizer, 1))
+    digests = json.loads((path / DIGESTS).read_text())
+    (path / DIGESTS).write_text(json.dumps(digests | {name: "0" * 64}))
+    with pytest.raises(DamagedFiles, match="is no file of this directory"):
+        load_bundle(path)
+
+
 def test_a_bundle_of_an_earlier_version_loads(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Its parameters have older names, and its lineage does not record the checkpoint's path."""
     path = Path(write(tmp_path / "bundle", tokenizer, 1))

@@ -57,6 +57,59 @@ def test_more_points_than_one_call_takes_are_logged_once(mlflow_store: str) -> N
     assert [file.path for file in run.client.list_artifacts(run.id)] == ["loss.png"]
 
 
+def test_a_sample_is_one_artifact_however_often_it_is_logged(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "train")
+    [point] = points(500)
+    sampled: tracking.Point = {**point, "sample": "The fox\n狐"}
+    for again in (run, tracking.open_run("test", "a", "train")):
+        again.log_points([sampled])
+    assert [file.path for file in run.client.list_artifacts(run.id, "samples")] == ["samples/step-000500.txt"]
+    assert mlflow.artifacts.load_text(f"runs:/{run.id}/samples/step-000500.txt") == "The fox\n狐"
+    assert run.history("train/loss") == [(500, 1 / 500)]
+
+
+def test_the_run_over_all_stages_gets_the_key_metrics_of_training_once(mlflow_store: str) -> None:
+    stage, parent = tracking.open_run("test", "a", "train"), tracking.open_run("test", "b", "pipeline")
+    logged = points(1, 2, 3)
+    for point in logged:
+        point["metrics"] |= {"train/tokens": 10.0 * point["step"], "train/gradient_norm": 1.0}
+    logged[1]["metrics"]["heldout/loss"] = 4.0
+    stage.log_points(logged)
+    parent.log_points(tracking.key_points(logged[:1]))
+    for _ in range(2):
+        parent.log_key_points_of(stage.id)
+    assert parent.history("train/loss") == stage.history("train/loss")
+    assert parent.history("train/tokens") == [(1, 10.0), (2, 20.0), (3, 30.0)]
+    assert parent.history("heldout/loss") == [(2, 4.0)]
+    assert parent.history("train/gradient_norm") == []
+    parent.log_key_points_of("0" * 32)  # a stage may have been done with another server
+
+
+def test_a_description_is_replaced_until_a_person_writes_one(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "pipeline")
+
+    def shown() -> str:
+        note: str = run.client.get_run(run.id).data.tags["mlflow.note.content"]
+        return note
+
+    for text in ("first", "second", "second"):
+        tracking.open_run("test", "a", "pipeline").describe(text)
+        assert shown() == text
+    run.client.set_tag(run.id, "mlflow.note.content", "the best so far")
+    run.describe("third")
+    assert shown() == "the best so far"
+    run.client.set_tag(run.id, "mlflow.note.content", "")
+    run.describe("fourth")
+    assert shown() == "fourth"
+
+
+def test_links_lead_to_the_runs_instead_of_traces_of_agents(mlflow_store: str) -> None:
+    run = tracking.open_run("test", "a", "pipeline")
+    runs = f"{mlflow_store}/#/experiments/{run.experiment_id}/runs"
+    assert tracking.experiment_url("test") == f"{runs}?workflowType=machine_learning"
+    assert run.url == f"{runs}/{run.id}?workflowType=machine_learning"
+
+
 def test_context_losses_are_a_plot_and_a_table(mlflow_store: str) -> None:
     run = tracking.open_run("test", "a", "evaluate")
     losses = [{"last": 1, "nats": 3.0, "error": 0.1}, {"last": 2, "nats": 2.0, "error": None}]
@@ -87,7 +140,8 @@ def test_even_a_short_run_has_system_metrics(mlflow_store: str) -> None:
     assert "system/cpu_utilization_percentage" in run.client.get_run(run.id).data.metrics
 
 
-def test_processes_that_open_a_run_at_once_get_the_same_run(mlflow_store: str) -> None:
+def test_processes_that_open_a_run_at_once_get_the_same_run(mlflow_store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "SETTLE_SECONDS", 3.0)  # on a busy machine, to create a run takes a second
     barrier = threading.Barrier(4)
 
     def open_run(_: int) -> str:

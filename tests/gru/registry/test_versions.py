@@ -61,12 +61,16 @@ def test_versions_are_promoted_and_rolled_back(tmp_path: Path, tokenizer: Tokeni
     assert versions.rollback("m", to="5").version == "5"
     with pytest.raises(UserError, match="m:77"):
         versions.rollback("m", to="77")
+    assert versions.rollback("m").version == "1", "the version that had it before 5"
     MlflowClient().set_registered_model_alias("m", versions.CHAMPION, "3")  # by hand: it was never promoted
-    assert versions.rollback("m").version == "5", "the version that was promoted last"
-    assert versions.rollback("m").version == "4"
+    assert versions.rollback("m").version == "1", "the version that had it last, not 5, from which a rollback led away"
+    assert versions.rollback("m", to="4").version == "4" and versions.rollback("m", to="5").version == "5"
+    assert versions.rollback("m", to="1").version == "1", "an older version"
+    with pytest.raises(UserError, match="name it with --to"):
+        versions.rollback("m")
+    assert versions.rollback("m", to="5").version == versions.rollback("m", to="5").version == "5"
     MlflowClient().set_registered_model_alias("m", versions.CHAMPION, "3")
-    assert versions.rollback("m").version == "4", "not 5, from which a rollback led away"
-    assert versions.rollback("m", to="3").version == "3" and versions.rollback("m").version == "4"
+    assert versions.rollback("m").version == "5", "the version that was returned to last"
     MlflowClient().delete_model_version("m", "1")
     with pytest.raises(UserError, match="m:1"):
         versions.rollback("m")
@@ -78,6 +82,9 @@ def test_a_version_is_downloaded_and_loads_as_a_pyfunc(tmp_path: Path, tokenizer
     run = tracking.open_run("test", "key", "promote")
     path = write(tmp_path / "bundle", tokenizer, 1)
     version = versions.register(run, "m", path, 2.0, "text")
+    for text in ("the card", "a later one"):
+        versions.describe(version, text)
+    assert mlflow.MlflowClient().get_model_version("m", version.version).description == "the card"
     versions.promote(version, lambda champion: 0.0)
     bundle = fetch_bundle(version, tmp_path / "fetched")
     assert bundle.digest == load_bundle(path).digest == version.bundle

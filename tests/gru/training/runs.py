@@ -24,15 +24,16 @@ from ray.cluster_utils import Cluster
 
 from gru.config import PipelineConfig
 from gru.corpus.batches import LaneOrder, LaneReader
-from gru.corpus.dataset import Dataset
+from gru.corpus.dataset import Dataset, open_dataset
 from gru.digests import DIGESTS
 from gru.training import checkpoint as checkpoints
 from gru.training.learner import Learner
+from jobs import entry
 from tests.waiting import wait_until
 
 MODEL = {"embedding": 48, "hidden": 96, "layers": 2, "dropout": 0.1, "precision": "fp32"}
 TRAIN = {
-    "steps": 500,
+    "steps": 800,
     "batch_size": 8,
     "sequence_length": 32,
     "workers": 2,
@@ -208,6 +209,11 @@ class Training:
         [run] = self._mlflow_runs()
         return [metric.step for metric in self._client().get_metric_history(run.info.run_id, "train/loss")]
 
+    def samples(self) -> list[str]:
+        """Return the paths of the samples in MLflow."""
+        [run] = self._mlflow_runs()
+        return [file.path for file in self._client().list_artifacts(run.info.run_id, "samples")]
+
     def status(self) -> str:
         [run] = self._mlflow_runs()
         return run.info.status
@@ -268,6 +274,19 @@ def assert_as_undisturbed(run: Training, expected: str) -> None:
     assert run.weights() == expected
     assert run.logged() == logged_steps(run.config["train"]["steps"])
     assert run.status() == "FINISHED"
+
+
+def assert_newest_as_undisturbed(run: Training) -> checkpoints.Checkpoint:
+    """Assert that a stopped run is at the same bits as one undisturbed process, and has logged each step once.
+
+    Return its newest checkpoint.
+    """
+    newest = checkpoints.load(checkpoints.paths(str(run.directory))[0])
+    [manifest] = run.storage.glob("datasets/*/manifest.json")
+    config = entry.load_config(json.dumps(run.config), [])
+    assert_same(newest, undisturbed(config, open_dataset(str(manifest.parent)), newest.step))
+    assert run.logged() == logged_steps(newest.step)
+    return newest
 
 
 def kill_all(processes: list[psutil.Process]) -> None:

@@ -50,11 +50,15 @@ def test_points_are_logged_with_the_checkpoint_that_covers_them(tmp_path: Path, 
 def test_points_saved_but_not_logged_are_logged_once_by_a_resumed_run(tmp_path: Path, mlflow_store: str) -> None:
     record = open_run()
     record.log_points([point(1), point(2)])
-    writer = CheckpointWriter(str(tmp_path / "r"), 2, record.log_points, [point(2), point(3)], INFINITE, print)
+    sampled: list[tracking.Point] = [{**point(step), "sample": f"text {step}"} for step in (2, 3)]
+    record.log_points(sampled[:1])
+    writer = CheckpointWriter(str(tmp_path / "r"), 2, record.log_points, sampled, INFINITE, print)
     writer.add(point(4))
     assert writer.finish(checkpoint(4, writer), 10, nothing)
     writer.close()
     assert record.history(tracking.LOSS) == [(step, float(step)) for step in (1, 2, 3, 4)]
+    samples = [file.path for file in record.client.list_artifacts(record.id, "samples")]
+    assert samples == ["samples/step-000002.txt", "samples/step-000003.txt"]
 
 
 def test_unavailable_storage_costs_only_the_checkpoints_of_that_time(tmp_path: Path, mlflow_store: str) -> None:

@@ -18,20 +18,16 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
-from gru.corpus.dataset import open_dataset
 from gru.digests import DIGESTS
-from gru.training import checkpoint as checkpoints
-from jobs import entry
 from tests.gru.training.runs import (
     TRAIN,
     Site,
     Training,
     assert_as_undisturbed,
-    assert_same,
+    assert_newest_as_undisturbed,
     cluster_of,
     kill_all,
     logged_steps,
-    undisturbed,
     undisturbed_weights,
 )
 from tests.waiting import wait_until
@@ -130,9 +126,12 @@ def test_a_node_is_killed(cluster: Cluster, start: Callable[..., Training], expe
     assert_as_undisturbed(run, expected)
 
 
-def test_a_node_that_is_about_to_be_preempted(cluster: Cluster, start: Callable[..., Training], expected: str) -> None:
-    """The workers leave it before its deadline, with a checkpoint of that step, and it does not count as a failure."""
-    run = start(max_failures=0, checkpoint_seconds=1000, checkpoint_steps=None)
+def test_a_node_that_is_about_to_be_preempted(cluster: Cluster, start: Callable[..., Training]) -> None:
+    """The workers leave it before its deadline, with a checkpoint of that step, and it does not count as a failure.
+
+    They notice it after some seconds, so the run has steps to spare on any machine.
+    """
+    run = start(steps=100_000, max_failures=0, checkpoint_seconds=1000, checkpoint_steps=None, bitwise_elastic=2)
     run.wait_for_line("step ")
     node = run.node_with_a_worker()
     deadline_ms = int(time.time() * 1000) + 60_000
@@ -140,11 +139,14 @@ def test_a_node_that_is_about_to_be_preempted(cluster: Cluster, start: Callable[
     try:
         assert GcsClient(cluster.address).drain_node(node.node_id, preemption, "spot", deadline_ms)[0]
         run.wait_for_line("a node is about to be preempted: saved at step")
-        run.finish()
+        told = len(run.stderr)
+        wait_until("a step of the resumed run", lambda: "step " in run.stderr[told:].partition("\n")[2])
+        run.signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM, run.stderr
     finally:
         cluster.remove_node(node, allow_graceful=False)
         cluster.add_node(num_cpus=1)
-    assert_as_undisturbed(run, expected)
+    assert_newest_as_undisturbed(run)
 
 
 @pytest.mark.parametrize(("cpus", "grown"), [((1,), 2), pytest.param((1, 1), 4, marks=pytest.mark.chaos)])
@@ -174,27 +176,24 @@ def test_an_elastic_run_uses_as_many_workers_as_fit(
             assert run.wait(60) == 128 + signal.SIGTERM, run.stderr
         finally:
             run.close()
-    config = entry.load_config(json.dumps(run.config), [])
-    newest = checkpoints.load(checkpoints.paths(str(run.directory))[0])
-    [manifest] = run.storage.glob("datasets/*/manifest.json")
-    assert_same(newest, undisturbed(config, open_dataset(str(manifest.parent)), newest.step))
-    steps = run.logged()
-    assert steps == list(range(5, newest.step + 1, 5))
+    assert_newest_as_undisturbed(run)
 
 
 @pytest.mark.parametrize(
     ("seed", "kills", "steps"),
-    [(1, 3, TRAIN["steps"]), pytest.param(2, 10, 2000, marks=pytest.mark.chaos)],
+    [(1, 3, 2000), pytest.param(2, 10, 5000, marks=pytest.mark.chaos)],
     ids=["short", "long"],
 )
 def test_random_kills(
-    site: Site, cluster: Cluster, start: Callable[..., Training], expected: str, seed: int, kills: int, steps: int
+    site: Site, cluster: Cluster, start: Callable[..., Training], seed: int, kills: int, steps: int
 ) -> None:
-    """A worker, all of them, the controller or the driver is killed, at random times after the previous recovery."""
+    """A worker, all of them, the controller or the driver is killed, at random times after the previous recovery.
+
+    A fast machine does 200 steps and more between the wanted step and the kill, so there are steps to spare.
+    """
     chance = random.Random(seed)
-    if steps != TRAIN["steps"]:
-        expected = undisturbed_weights(site.run(cluster, f"undisturbed-{steps}", steps=steps))
-    max_wait = steps // (2 * kills) - 20  # the run has recovered after one checkpoint; a few more steps pass
+    expected = undisturbed_weights(site.run(cluster, f"undisturbed-{steps}", steps=steps))
+    max_wait = steps // (8 * kills) - 20  # the run has recovered after one checkpoint; a few more steps pass
     plan = [(chance.randrange(max_wait), chance.random(), chance.random()) for _ in range(kills)]
     victims = chance.sample(["worker", "workers", "driver"] * kills + ["controller"] * 2, kills)
     run = start(max_failures=kills, steps=steps)

@@ -66,6 +66,29 @@ def test_resuming_from_a_checkpoint_is_bit_identical(tmp_path: Path, precision: 
     assert torch.equal(second.state_LBH, undisturbed.state_LBH)
 
 
+def test_a_run_that_starts_from_given_weights_resumes_bit_identically(tmp_path: Path) -> None:
+    """All but the weights starts anew; a resume needs the checkpoint alone."""
+    earlier = learner()
+    train(earlier, 12)
+    given = {name: tensor.clone() for name, tensor in earlier.average.state_dict().items()}
+    undisturbed, first = learner(), learner()
+    for each in (undisturbed, first):
+        each.start_from(given)
+        tensors = each.checkpoint({}).tensors
+        for part in ("model", "ema"):
+            assert all(torch.equal(tensors[part][name], tensor) for name, tensor in given.items())
+        assert each.step == 0 and not any(map(torch.any, [*tensors["optimizer"].values(), *tensors["lanes"].values()]))
+    losses = train(undisturbed, 12)
+    train(first, 5)
+    checkpoints.save(first.checkpoint({"identity": {}}), str(tmp_path))
+    second = learner()
+    second.restore(checkpoints.load(str(tmp_path)))
+    assert train(second, 12) == losses[5:]
+    expected = weights(undisturbed)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(second).items())
+    assert losses[0] < train(learner(), 1)[0], "it has learned before"
+
+
 def test_precisions_agree_on_the_loss() -> None:
     exact, rounded = learner(), learner(precision="bf16")
     assert train(rounded, 12) == pytest.approx(train(exact, 12), rel=5e-3)

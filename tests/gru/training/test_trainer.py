@@ -1,11 +1,13 @@
 """Tests of training under Ray Train, with two workers."""
 
 import json
+import math
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
+import torch
 
 from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainResources
 from gru.corpus.batches import LaneOrder, LaneReader
@@ -13,10 +15,15 @@ from gru.corpus.dataset import Dataset
 from gru.corpus.prepare import prepare
 from gru.errors import UserError
 from gru.registry import tracking
+from gru.registry.bundle import write_bundle
 from gru.training import checkpoint as checkpoints
+from gru.training.initial_model import fetch, load_weights
 from gru.training.learner import Learner
+from gru.training.progress import sample_line
 from gru.training.trainer import train
 from gru.training.worker_loop import DIVERGENCE
+from tests.gru.registry.bundles import LINEAGE
+from tests.gru.training.runs import assert_same
 
 MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1, precision="fp32")
 CONFIG = TrainConfig(
@@ -32,28 +39,51 @@ def dataset(fables: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: N
     return prepare(corpus, TokenizerConfig(kind="char"), directory, lambda line: None)
 
 
+def train_alone(learner: Learner, dataset: Dataset, steps: int) -> list[float]:
+    """Train up to step `steps` in this process; return the losses."""
+    segments, end_of_text, config = dataset.segments("train"), dataset.manifest.end_of_text, learner.config
+    order = LaneOrder([segment.tokens for segment in segments], config.seed, config.batch_size, config.sequence_length)
+    losses, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    with LaneReader(order, lambda i: dataset.read_segment(segments[i]), end_of_text, learner.lanes) as reader:
+        while learner.step < steps:
+            losses.append(float(learner.train_step(*reader.batch(learner.step))))
+    torch.set_num_threads(threads)
+    return losses
+
+
 def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, mlflow_store: str) -> None:
-    run = tracking.open_run("test", "key", "train")
+    parent, run = tracking.open_run("test", "parent key", "pipeline"), tracking.open_run("test", "key", "train")
     lines: list[str] = []
-    last = train(MODEL, CONFIG, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    directory = str(tmp_path / "runs" / "r")
+    options = {"tracking_parent": parent.id, "prompt": "The fox"}
+    last = train(MODEL, CONFIG, RESOURCES, dataset, directory, mlflow_store, run.id, lines.append, **options)
     assert last.step == 60
     assert last.state["precision"] == "fp32"
     assert last.tensors["lanes"]["state"].shape == (1, 6, 32)
     assert len(checkpoints.paths(str(tmp_path / "runs" / "r"))) <= CONFIG.keep
-    assert lines[-1].startswith("step 60/60, loss ")
+    assert lines[-1].startswith("step 60/60, 0:00 left, ")
     logged = run.history("train/loss")
     assert [step for step, _ in logged] == [10, 20, 30, 40, 50, 60]
-    assert [step for step, _ in run.history("heldout/loss")] == [20, 40, 60]
+    heldout = run.history("heldout/loss")
+    assert [step for step, _ in heldout] == [20, 40, 60]
+    assert last.state["heldout_losses"] == [loss for _, loss in heldout]
+    assert (parent.history("train/loss"), parent.history("heldout/loss")) == (logged, heldout)
+    assert parent.history("train/tokens")[-1] == (60, 60 * CONFIG.batch_size * CONFIG.sequence_length)
+    shown = [line for line in lines if line.startswith("sample at step ")]
+    assert [line.split(":")[0] for line in shown] == [f"sample at step {step}" for step in (20, 40, 60)]
+    assert all(": The fox" in line for line in shown)
+    samples = [file.path for file in run.client.list_artifacts(run.id, "samples")]
+    assert samples == [f"samples/step-{step:06}.txt" for step in (20, 40, 60)]
+    text = mlflow.artifacts.load_text(f"runs:/{run.id}/{samples[-1]}")
+    assert shown[-1] == sample_line(60, text)
+    decoded = dataset.tokenizer().decode_bytes(dataset.first_tokens("heldout", CONFIG.heldout_tokens))
+    tokens = len(dataset.first_tokens("heldout", CONFIG.heldout_tokens))
+    in_bits = [loss * tokens / len(decoded) / math.log(2) for _, loss in heldout]
+    assert [value for _, value in parent.history("heldout/bits_per_byte")] == pytest.approx(in_bits)
 
     alone = Learner(MODEL, CONFIG, dataset.manifest.vocab_size, dataset.manifest.end_of_text)
-    segments = dataset.segments("train")
-    order = LaneOrder([segment.tokens for segment in segments], CONFIG.seed, CONFIG.batch_size, CONFIG.sequence_length)
-    losses = []
-    with LaneReader(
-        order, lambda i: dataset.read_segment(segments[i]), dataset.manifest.end_of_text, alone.lanes
-    ) as reader:
-        for step in range(60):
-            losses.append(float(alone.train_step(*reader.batch(step))))
+    losses = train_alone(alone, dataset, 60)
     means = [sum(losses[i : i + 10]) / 10 for i in range(0, 60, 10)]
     assert [loss for _, loss in logged] == pytest.approx(means, rel=1e-4)
 
@@ -62,6 +92,33 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
     with pytest.raises(UserError, match=r"its model\.embedding is 32, but this run's is 8"):
         other = ModelConfig(embedding=8)
         train(other, CONFIG, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
+
+
+def test_a_run_starts_from_its_initial_model_and_another_from_its_checkpoint(
+    dataset: Dataset, tmp_path: Path, mlflow_store: str
+) -> None:
+    """To the bit as in one process. The same run cannot be resumed as one that started from random weights."""
+    config = CONFIG.model_copy(update={"steps": 12, "workers": 1})
+    manifest = dataset.manifest
+    alone = Learner(MODEL, config, manifest.vocab_size, manifest.end_of_text)
+    train_alone(alone, dataset, 5)  # weights that are not those of the seed
+    path = str(tmp_path / "bundle")
+    write_bundle(path, MODEL, alone.average.state_dict(), dataset.tokenizer(), LINEAGE)
+    initial = fetch(path, str(tmp_path / "store"), "own")
+    assert initial is not None
+    alone = Learner(MODEL, config, manifest.vocab_size, manifest.end_of_text)
+    alone.start_from(load_weights(initial.directory))
+    train_alone(alone, dataset, 12)
+
+    run, directory = tracking.open_run("test", "key", "train"), str(tmp_path / "runs" / "r")
+    last = train(MODEL, config, RESOURCES, dataset, directory, mlflow_store, run.id, print, initial=initial)
+    assert_same(last, alone)
+    with pytest.raises(UserError, match=rf"its initial is {initial.digest}, but this run's is None"):
+        train(MODEL, config, RESOURCES, dataset, directory, mlflow_store, run.id, print)
+    from_checkpoint = fetch(str(last.path), str(tmp_path / "store"), "own")
+    assert from_checkpoint is not None
+    weights = load_weights(from_checkpoint.directory)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in last.average.items())
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.chaos), 2])
