@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CLIENTS := .venv-clients/.installed
 
 ifneq ($(words $(CURDIR)),1)
 $(error $(CURDIR): Ray does not start from a path with spaces: use a checkout in one without)
 endif
 
-.PHONY: run test test-fast test-faults test-cluster test-browser test-gpu bench-gpu lint bench clean
+.PHONY: run test test-fast test-faults test-cluster test-browser test-clients test-gpu bench-gpu lint bench clean
 .SILENT:
 
 run: $(INSTALLED)
@@ -16,17 +17,19 @@ run: $(INSTALLED)
 # Two processes share the files: while one waits for a Ray or an MLflow to start, the other computes.
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
-# The pipeline's tests run alone: they start services and trainings of their own, and time their kills.
+# These run alone: they start services and trainings of their own, and time their kills.
+ALONE := $(patsubst %,tests/pipelines/test_%.py,embedded interrupts lock pipeline pipeline_endpoint pipeline_workflows resources sweep)
+
 test: $(INSTALLED)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
 else
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --ignore=tests/pipelines
-	$(BIN)/python -m pytest tests/pipelines
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
 endif
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser or gpu)' $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser or clients or gpu)' $(ARGS)
 
 test-faults: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)
@@ -36,6 +39,9 @@ test-cluster: $(INSTALLED)
 
 test-browser: $(INSTALLED)
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-clients: $(CLIENTS)
+	$(BIN)/python -m pytest -m clients $(ARGS)
 
 # These need only torch, numpy, pydantic, safetensors and pytest: on a machine without .venv, those of PYTHON.
 GPU_PYTHON := $(if $(wildcard $(INSTALLED)),$(BIN)/python,$(PYTHON))
@@ -60,10 +66,32 @@ bench: $(INSTALLED)
 	$(BIN)/python -m tests.benchmarks.serving
 
 clean:
-	rm -rf .venv *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-clients *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+KNOWN := $(foreach minor,11 12 13 14 11,python3.$(minor))
+define FIND_PYTHON
+if ! command -v $(PYTHON) >/dev/null; then found="there is no $(PYTHON)"; \
+elif ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then found="$(PYTHON) is $$($(PYTHON) --version 2>&1)"; \
+else exit 0; fi; \
+for each in $(KNOWN); do if command -v $$each >/dev/null; then break; fi; done; \
+echo "error: Python 3.11 or newer is needed, and $$found: make PYTHON=$$each $(MAKECMDGOALS)" >&2; exit 2
+endef
 
 $(INSTALLED): pyproject.toml constraints.txt
+	$(FIND_PYTHON)
+	$(PYTHON) -I gru/preflight.py .venv
 	echo "installing into .venv (a few minutes, once)" >&2
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[dev]' >&2
+	touch $@
+
+# Clients are programs of other people, whose requirements are not ours. What both need, such as torch, is .venv's.
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+$(CLIENTS): $(INSTALLED) tests/gru/serving/clients/requirements.txt
+	echo "installing clients into .venv-clients (a few minutes, once)" >&2
+	$(PYTHON) -m venv .venv-clients
+	$(BIN)/python -c '$(PACKAGES)' >"$$(.venv-clients/bin/python -c '$(PACKAGES)')/project.pth"
+	.venv-clients/bin/python -m pip install --quiet --quiet --no-warn-conflicts \
+		--requirement tests/gru/serving/clients/requirements.txt >&2
+	npm install --silent --no-audit --no-fund --prefix .venv-clients openai@6.49.0 >&2
 	touch $@

@@ -7,6 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 # -fopenmp uses the libgomp that torch has loaded, so that both share one pool of threads.
@@ -44,12 +45,18 @@ def _compiled(source: Path, command: list[str]) -> Path:
     return cached(f"{source.stem}-{digest.hexdigest()[:16]}.so", build)
 
 
+def cache_directory() -> Path:
+    """Return the directory of this user's cache, which may not exist."""
+    return Path.home() / ".cache" / "gru-pipeline"
+
+
 def cached(name: str, build: Callable[[Path], None]) -> Path:
     """Return the path of a file in the user's cache. If it is absent, `build` writes it first.
 
-    Where the home directory is not writable, the file is built for this process alone.
+    Its modification time is that of its last use. Where the home directory is not writable, the file is built for this
+    process alone.
     """
-    directory = Path.home() / ".cache" / "gru-pipeline"
+    directory = cache_directory()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
@@ -62,4 +69,6 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
             draft.rename(path)
         finally:
             draft.unlink(missing_ok=True)
+    with suppress(OSError):
+        os.utime(path)
     return path

@@ -2,8 +2,13 @@
 
 import errno
 import socket
+from contextlib import suppress
+
+import psutil
 
 from gru.errors import UserError
+
+OWNER_VARIABLE = "GRU_STORAGE"  # of a process of an embedded service: the storage that it belongs to
 
 
 def url_of(host: str, port: int) -> str:
@@ -31,7 +36,7 @@ def _explain(error: OSError, host: str, port: int, option: str) -> str:
         return f"{host} does not resolve to an IPv4 address ({error.strerror}): choose a host name or address that does"
     match error.errno:
         case errno.EADDRINUSE:
-            return f"port {port} is in use by another program: choose another with {option}"
+            return f"port {port} is in use by {_user_of(port)}: choose another with {option}"
         case errno.EACCES | errno.EPERM:
             return f"port {port} needs root: choose one >= 1024 with {option}"
         case errno.EADDRNOTAVAIL | errno.EAFNOSUPPORT:  # the latter on a machine without IPv6
@@ -42,6 +47,26 @@ def _explain(error: OSError, host: str, port: int, option: str) -> str:
     return (
         f"cannot listen on port {port} of {host} ({error.strerror}): choose another host, or another port with {option}"
     )
+
+
+def _user_of(port: int) -> str:
+    """Return who listens on a port, for people, as far as this user may know."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if any(each.laddr.port == port and each.status == psutil.CONN_LISTEN for each in process.net_connections()):
+                if store := _owner(process):
+                    return f"the embedded services of {store}, which `gru down {store}` stops"
+                return f"{process.name()} (process {process.pid})"
+    return "another program"
+
+
+def _owner(process: psutil.Process) -> str | None:
+    """Return the storage whose embedded services a process belongs to; None if it belongs to none."""
+    for each in (process, *process.parents()):  # Ray overwrites the environment of its workers
+        with suppress(psutil.Error, OSError):
+            if store := each.environ().get(OWNER_VARIABLE):
+                return store
+    return None
 
 
 def is_local_address(host: str) -> bool:

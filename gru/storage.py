@@ -12,8 +12,9 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -75,6 +76,38 @@ def last_modified(path: str) -> float | None:
         return None
 
 
+class StoredFile(NamedTuple):
+    """A file under a directory."""
+
+    name: str
+    """Its path below the directory."""
+    size: int
+    """Bytes."""
+    modified: float | None
+    """Unix time; None if the file system does not tell."""
+
+
+def files(path: str) -> list[StoredFile]:
+    """Return all files under a directory; none if it does not exist."""
+    filesystem, inner = fsspec.core.url_to_fs(path, use_listings_cache=False)
+    inner = inner.rstrip("/")
+    found = filesystem.find(inner, detail=True)
+    return [
+        StoredFile(name[len(inner) + 1 :], int(info.get("size") or 0), _modified(info)) for name, info in found.items()
+    ]
+
+
+def _modified(info: dict[str, Any]) -> float | None:
+    """Return when a file was modified, by what its file system calls this."""
+    times = (info.get(key) for key in ("mtime", "LastModified", "last_modified", "updated", "created"))
+    match next((time for time in times if time is not None), None):
+        case datetime() as time:
+            return time.timestamp()
+        case int() | float() as seconds:
+            return float(seconds)
+    return None
+
+
 def read_bytes(path: str) -> bytes:
     with fsspec.open(path, "rb") as file:
         return file.read()
@@ -103,6 +136,11 @@ def _temporary_name(name: str) -> str:
 def final_name(name: str) -> str:
     """Return the final name of a file that may still have a temporary name."""
     return re.sub(r"^\.(.+)\.[0-9a-f]{32}\.tmp$", r"\1", name)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is one that only a process that was killed leaves, unless one is writing it."""
+    return final_name(name) != name or bool(re.fullmatch(r"\.writable-\d+", name))
 
 
 def read_json(path: str) -> Any:

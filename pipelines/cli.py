@@ -4,6 +4,7 @@ import argparse
 import math
 import signal
 import sys
+from datetime import date
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,21 @@ from pipelines.interrupts import STOP_SIGNALS
 
 Subparsers = Any
 """The result of argparse's add_subparsers, which has no public type."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of one command that takes options before, between and after all arguments, also an optional one."""
+
+    _intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixed:  # argparse's own calls
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
 
 
 def main() -> None:
@@ -45,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Embedded services are the Ray head and the MLflow server that run, schedule and sweep start on this "
         "machine where RAY_ADDRESS and MLFLOW_TRACKING_URI name no others.",
     )
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
+    _add_run_command(subparsers)
     _add_workflow_commands(subparsers)
     _add_stop_commands(subparsers)
     _add_inspection_commands(subparsers)
@@ -53,19 +70,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_workflow_commands(subparsers: Subparsers) -> None:
-    """Add run, schedule and sweep."""
+def _add_run_command(subparsers: Subparsers) -> None:
     run = subparsers.add_parser(
         "run",
         help="prepare, train, evaluate, promote and serve; the same command resumes after a crash",
         description="Prepare, train, evaluate, promote and serve. Before it waits for Ctrl-C, print the result as JSON "
         "on stdout.\nAfter a crash the same command resumes. If CONFIG or the sources have changed, it starts another "
-        "run,\nwhich reuses the stages whose inputs are the same.",
+        "run,\nwhich reuses the stages whose inputs are the same. For text, it first writes NAME.toml as `gru init` "
+        "does,\nunless that exists.",
     )
-    entry.add_config_arguments(run)
+    entry.add_config_arguments(
+        run, metavar="CONFIG|PATH", nargs="+", help="TOML file, or the text: files, directories, globs or URLs"
+    )
+    _add_proposal_arguments(run)
     run.add_argument("--exit", action="store_true", help="exit after the summary instead of serving until Ctrl-C")
     run.set_defaults(command=workflow_commands.run)
+    _add_port_arguments(run)
 
+
+def _add_workflow_commands(subparsers: Subparsers) -> None:
+    """Add schedule and sweep."""
     schedule = subparsers.add_parser(
         "schedule",
         help="stay up; at the times of --cron, read the sources again and do all stages",
@@ -108,7 +132,7 @@ def _add_workflow_commands(subparsers: Subparsers) -> None:
     )
     sweep.set_defaults(command=workflow_commands.sweep)
 
-    for parser in (run, schedule, sweep):
+    for parser in (schedule, sweep):
         _add_port_arguments(parser)
 
 
@@ -121,8 +145,15 @@ def _add_port_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_proposal_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes", type=_positive_number, metavar="N", help="time for training on the text, at most (30)"
+    )
+    parser.add_argument("--name", metavar="NAME", help="name of the pipeline and its model (default: from the path)")
+
+
 def _add_stop_commands(subparsers: Subparsers) -> None:
-    """Add cancel and down."""
+    """Add cancel, down and clean."""
     cancel = subparsers.add_parser(
         "cancel",
         help="stop the run or sweep of a config; the same command resumes it",
@@ -141,6 +172,31 @@ def _add_stop_commands(subparsers: Subparsers) -> None:
     _add_storage_argument(down)
     down.set_defaults(command=commands.down)
 
+    clean = subparsers.add_parser(
+        "clean",
+        help="list what nothing in a storage and in the cache needs any more, and remove it once confirmed",
+        description="List what no unfinished workflow, no newest run of a pipeline and no registered version needs, "
+        "with its size and age,\nand remove it once confirmed. Registered models, and the datasets and checkpoints "
+        "of their lineage, stay.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_storage_argument(clean)
+    clean.add_argument("--dry-run", action="store_true", help="only list it")
+    clean.add_argument("--yes", action="store_true", help="remove it without asking")
+    clean.add_argument(
+        "--older-than",
+        type=_days,
+        default=1.0,
+        metavar="DAYS",
+        help="only what did not change for so long (1), which protects jobs.* in progress that were started by hand",
+    )
+    clean.add_argument(
+        "--lineage",
+        action="store_true",
+        help="also datasets and checkpoints of versions without an alias: `gru lineage` then reports them as absent",
+    )
+    clean.set_defaults(command=commands.clean)
+
 
 def _add_inspection_commands(subparsers: Subparsers) -> None:
     """Add init, look, status, lineage, schema."""
@@ -152,10 +208,7 @@ def _add_inspection_commands(subparsers: Subparsers) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     init.add_argument("paths", metavar="PATH", nargs="+", help="file, directory, glob or URL with the text")
-    init.add_argument(
-        "--minutes", type=_positive_number, default=30.0, metavar="N", help="time for training, at most (30)"
-    )
-    init.add_argument("--name", metavar="NAME", help="name of the pipeline and its model (default: from the path)")
+    _add_proposal_arguments(init)
     init.set_defaults(command=commands.init)
 
     look = subparsers.add_parser(
@@ -167,7 +220,12 @@ def _add_inspection_commands(subparsers: Subparsers) -> None:
     entry.add_config_arguments(look)
     look.set_defaults(command=commands.look)
 
-    status = subparsers.add_parser("status", help="list the workflows of a storage and their current stage")
+    status = subparsers.add_parser(
+        "status",
+        help="list the workflows of a storage and their current stage, and what its endpoint serves",
+        epilog=f"environment:\n  {entry.KEY_VARIABLE}  API key, if the endpoint requires one",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     _add_storage_argument(status)
     status.add_argument("--json", action="store_true", help="print JSON instead of a table")
     status.set_defaults(command=commands.status)
@@ -186,12 +244,7 @@ def _add_inspection_commands(subparsers: Subparsers) -> None:
         help="read all files that still exist, and compare them with what the model was made from",
     )
     lineage.add_argument("--json", action="store_true", help="print JSON instead of a report")
-    lineage.add_argument(
-        "--storage",
-        default="./store",
-        metavar="PATH",
-        help="storage whose embedded MLflow server is used if MLFLOW_TRACKING_URI is not set (./store)",
-    )
+    _add_version_storage_argument(lineage)
     lineage.set_defaults(command=commands.lineage)
 
     schema = subparsers.add_parser("schema", help="print the JSON Schema of the configuration, for editors")
@@ -202,27 +255,36 @@ def _add_serving_commands(subparsers: Subparsers) -> None:
     """Add generate, rollback, key."""
     generate = subparsers.add_parser(
         "generate",
-        help="print a text that the endpoint generates, while it is up",
+        help="print a text, from the endpoint or from a bundle; without a prompt, at a terminal, one after another",
+        description="Print the prompt and the text with which a model continues it: from the endpoint of CONFIG if it "
+        "is up,\nelse from the champion's bundle. Endpoint and bundle give the same text for the same seed. At a "
+        "terminal\nand without a PROMPT, continue what you type; otherwise a PROMPT that is not given is read from "
+        "stdin.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"environment:\n  {entry.KEY_VARIABLE}  API key, if the endpoint requires one",
     )
-    entry.add_config_arguments(generate)
-    generate.add_argument("prompt", metavar="PROMPT", help="beginning of the text")
-    generate.add_argument("--max-tokens", type=int, default=200, metavar="N", help="length limit, in tokens (200)")
     generate.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="sampling temperature; 0: most likely tokens (0.8)"
+        "model",
+        metavar="MODEL",
+        help="TOML file (CONFIG), directory or URL of a bundle or a run, or NAME@ALIAS or NAME:VERSION in MLflow",
     )
-    generate.add_argument("--seed", type=int, metavar="N", help="seed of the sampling (default: random)")
-    environment = f"environment:\n  {commands.KEY_VARIABLE}  API key, if the endpoint requires one"
-    generate.epilog = f"{environment}\n\n{generate.epilog}"
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="beginning of the text")
+    _add_sampling_arguments(generate)
+    entry.add_override_argument(generate)
+    _add_version_storage_argument(generate)
     generate.set_defaults(command=commands.generate)
 
     rollback = subparsers.add_parser(
         "rollback",
-        help="move @champion back to the version that had it before",
+        help="move @champion back to the version that had it before, or to any version",
         description="Move @champion back to the version that had it before; a second rollback moves it one further "
-        "back.\nThe MLflow server must be up.",
+        "back.\nWith --to it moves forward again, too: then the next rollback undoes that. The MLflow server must be "
+        "up.",
     )
     entry.add_config_arguments(rollback)
-    rollback.add_argument("--to", metavar="VERSION", help="move @champion to this version instead, such as a newer one")
+    rollback.add_argument(
+        "--to", metavar="VERSION", help="move @champion to this version instead, an older or newer one"
+    )
     rollback.set_defaults(command=commands.rollback)
 
     key = subparsers.add_parser(
@@ -231,7 +293,38 @@ def _add_serving_commands(subparsers: Subparsers) -> None:
         description="Print a new API key, and a line to add to the file that serve.keys names. No file is written.",
     )
     key.add_argument("owner", metavar="OWNER", help="name of the key's user, which appears in the request log")
+    key.add_argument(
+        "--until", type=_date, metavar="DATE", help="last day on which it is valid, in UTC, such as 2030-12-31"
+    )
     key.set_defaults(command=commands.key)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokens", "--max-tokens", type=_positive, default=200, metavar="N", help="length limit, in tokens (200)"
+    )
+    for option, kind, default, meaning in (
+        ("--temperature", float, 0.8, "sampling temperature; 0: most likely tokens"),
+        ("--top-p", float, 1.0, "sample from the likeliest tokens that have this probability together; 1: all"),
+        ("--top-k", int, 0, "sample from this many likeliest tokens; 0: all"),
+        ("--min-p", float, 0.0, "sample from tokens at least this many times as likely as the likeliest; 0: all"),
+        ("--repetition-penalty", float, 1.0, "above 1: make tokens less likely that the text has already"),
+    ):
+        metavar = "N" if kind is int else "X"
+        parser.add_argument(option, type=kind, default=default, metavar=metavar, help=f"{meaning} ({default})")
+    parser.add_argument(
+        "--stop", type=_text, action="append", default=[], metavar="TEXT", help="end the text before this (repeatable)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the sampling (default: random)")
+
+
+def _add_version_storage_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage",
+        default="./store",
+        metavar="PATH",
+        help="storage whose registered models are meant if MLFLOW_TRACKING_URI is not set (./store)",
+    )
 
 
 def _add_storage_argument(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +350,29 @@ def _positive_number(text: str) -> float:
         number = 0.0
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number > 0")
+    return number
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def _date(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a date, such as 2030-12-31") from None
+
+
+def _days(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number >= 0")
     return number
 
 

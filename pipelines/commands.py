@@ -3,24 +3,20 @@
 import argparse
 import json
 import os
-import re
+import secrets
 import sys
-import urllib.error
-import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gru import storage
 from gru.config import PipelineConfig
 from gru.errors import UserError
-from gru.network import url_of
 from jobs import entry
 from pipelines.runtime import logs_of
 
 if TYPE_CHECKING:
     from pipelines.ray_jobs import RayJobs
-
-KEY_VARIABLE = "GRU_API_KEY"
 
 
 def down(arguments: argparse.Namespace) -> None:
@@ -30,46 +26,71 @@ def down(arguments: argparse.Namespace) -> None:
     print(f"stopped {' and '.join(stopped)}" if stopped else "no embedded service was running", file=sys.stderr)
 
 
-def generate(arguments: argparse.Namespace) -> None:
-    config = entry.load_config(arguments.config, arguments.set)
-    address = url_of(config.serve.host, config.serve.port)
-    body = {
-        "model": config.model_name,
-        "prompt": arguments.prompt,
-        "max_tokens": arguments.max_tokens,
-        "temperature": arguments.temperature,
-        "seed": arguments.seed,
-        "stream": True,
-    }
-    headers = {"Content-Type": "application/json"}
-    if api_key := os.environ.get(KEY_VARIABLE, "").strip():
-        if not re.fullmatch(r"[!-~]+", api_key):
-            raise UserError(f"{KEY_VARIABLE}: must be one word of ASCII characters, as `gru key` prints it")
-        headers["Authorization"] = f"Bearer {api_key}"
-    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
+def clean(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from gru.native import cache_directory
+    from pipelines import clean, embedded, needs
+
+    store = storage.normalize(arguments.storage, Path.cwd())
+    if not storage.exists(store):
+        raise UserError(f"{store}: no such storage")
+    console, days = Console(), arguments.older_than
+
+    def look() -> tuple[list[clean.Row], str, list[str]]:
+        needed = needs.of_storage(store, arguments.lineage)
+        found = [clean.find(store, needed, days, arguments.lineage), clean.find_cached(cache_directory(), days)]
+        return [row for each in found for row in each.rows], clean.kept(found), needed.unknown
+
+    rows, kept, unknown = look()
+    lines = [f"datasets and runs stay: {sentence}" for sentence in unknown]
+    shown = [clean.table(rows)] if rows else ["nothing can be removed"]
+    console.print(*lines, *shown, f"stays: {kept}", highlight=False, soft_wrap=True, markup=False, sep="\n")
+    if not rows or arguments.dry_run or not (arguments.yes or _confirmed(len(rows))):
+        return
+    with embedded.starts_deferred(store):  # what a run that starts meanwhile finds, it may use
+        still = {row.paths for row in look()[0]}
+        failed = [row for row in rows if row.paths in still and not clean.remove(row)]
+    removed = sum(row.size for row in rows if row.paths in still and row not in failed)
+    console.print(f"removed {clean.size(removed)}", highlight=False)
+    if failed:
+        raise UserError(
+            f"could not remove all of {', '.join(row.name for row in failed)}: do they belong to another user?"
+        )
+
+
+def _confirmed(rows: int) -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("nothing was removed: add --yes to remove these where no one can be asked")
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            print(arguments.prompt, end="", flush=True)
-            for line in response:
-                data = line.decode().removeprefix("data: ").strip()
-                if data and data != "[DONE]":
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise UserError(f"{address}: {event['error']['message']}")
-                    print(event["choices"][0]["text"], end="", flush=True)
-            print()
-    except urllib.error.HTTPError as error:
-        hint = f" (set {KEY_VARIABLE} to an API key of the endpoint)" if error.code == 401 else ""
-        message = error.read().decode(errors="replace")[:500]
-        raise UserError(f"{address}: status {error.code}: {message}{hint}") from None
-    except OSError as error:
-        raise UserError(f"{address} does not answer ({error}): start it with `gru run`") from None
+        answer = input(f"Remove {'this' if rows == 1 else f'these {rows}'}? [y/N] ")
+    except EOFError:
+        return False
+    return answer.strip().lower() in ("y", "yes")
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Print a text, or talk with a person at a terminal who gave no prompt. Return the exit status."""
+    from gru.generation.sampling import SamplingParams
+    from pipelines import prompt_loop, text_sources
+
+    seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    params = SamplingParams(seed, **{name: getattr(arguments, name) for name in names})
+    options = text_sources.TextOptions(params, arguments.tokens, arguments.stop)
+    interactive = arguments.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    prompt = "" if interactive else prompt_loop.read_prompt(arguments.prompt)
+    source = text_sources.open_source(arguments.model, arguments.set, arguments.storage)
+    print(f"{source.description}, seed {seed}", file=sys.stderr, flush=True)
+    if interactive:
+        return prompt_loop.PromptLoop(source, options).run()
+    return prompt_loop.print_text(source, prompt, options)
 
 
 def key(arguments: argparse.Namespace) -> None:
     from gru.serving.auth import new_key
 
-    api_key, line = new_key(arguments.owner)
+    api_key, line = new_key(arguments.owner, arguments.until)
     print("the key, which is shown only once, and its line for the file that serve.keys names:", file=sys.stderr)
     print(f"{api_key}\n{line}")
 
@@ -84,9 +105,9 @@ def look(arguments: argparse.Namespace) -> None:
 
 
 def init(arguments: argparse.Namespace) -> None:
-    from jobs.init import init, report
+    from jobs.init import MINUTES, init, report
 
-    proposal = init(arguments.paths, arguments.minutes, arguments.name)
+    proposal = init(arguments.paths, arguments.minutes or MINUTES, arguments.name)
     print(report(proposal), file=sys.stderr)
     print(proposal.toml, end="")
 
@@ -98,15 +119,19 @@ def schema(arguments: argparse.Namespace) -> None:
 def status(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from pipelines import database, status
+    from pipelines import database, endpoints, status
+    from pipelines.text_sources import authorization
 
     store = storage.normalize(arguments.storage, Path.cwd())
-    logs = logs_of(store)
-    workflows = status.workflows(store, database.address(store), _running_jobs(store), logs)
+    logs, records = logs_of(store), database.address(store)
+    workflows = status.workflows(store, records, _running_jobs(store), logs)
+    served = endpoints.of_storage(store, records, authorization())
     if arguments.json:
-        print(json.dumps(status.as_json(workflows), ensure_ascii=False))
+        found = {"endpoints": [asdict(each) for each in served], "workflows": status.as_json(workflows)}
+        print(json.dumps(found, ensure_ascii=False))
     else:
-        Console().print(f"logs: {logs}", status.table(workflows), highlight=False, soft_wrap=True, sep="\n")
+        lines = [f"logs: {logs}", status.table(workflows), *endpoints.lines(served)]
+        Console().print(*lines, highlight=False, soft_wrap=True, markup=False, sep="\n")
 
 
 def cancel(arguments: argparse.Namespace) -> None:

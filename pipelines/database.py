@@ -14,6 +14,7 @@ from gru import storage
 from gru.errors import UserError, first_line
 
 VARIABLE = "DBOS_SYSTEM_DATABASE_URL"
+FILE = "workflows.sqlite"  # in a local storage
 CONNECT_SECONDS = 10
 
 
@@ -29,7 +30,7 @@ def address(store: str) -> str:
         return url.render_as_string(hide_password=False)
     if not storage.is_local(store):
         raise UserError(f"storage = {store!r} cannot hold a database: set {VARIABLE}, such as postgresql://...")
-    return f"sqlite:///{Path(store) / 'workflows.sqlite'}"
+    return f"sqlite:///{Path(store) / FILE}"
 
 
 def file_of(database: str) -> Path | None:

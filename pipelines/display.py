@@ -9,6 +9,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from gru.terminal import duration
+from gru.training.progress import SAMPLE
+
 SECONDS_BETWEEN_LINES = 10.0
 COLOURS = {
     **{"waiting": "dim", "running": "cyan", "done": "green", "cached": "green"},
@@ -17,7 +20,10 @@ COLOURS = {
 
 
 class Display:
-    """Shows the stages of a workflow, whose threads report their states to `watch`."""
+    """Shows the stages of a workflow, whose threads report their states to `watch`.
+
+    Samples of a training scroll above the table, each in one line of the terminal.
+    """
 
     def __init__(self, console: Console, stages: tuple[str, ...]) -> None:
         self.console = console
@@ -46,29 +52,38 @@ class Display:
         self.started.setdefault(stage, now)
         if state != "running":
             self.ended[stage] = now
+        if detail.startswith(SAMPLE):
+            self._show_sample(stage, detail)
+            return
         self.rows[stage] = (state, detail)
         if not self.console.is_terminal and (state != before or now - self.last_line > SECONDS_BETWEEN_LINES):
             self.last_line = now
-            self.console.print(
-                f"{stage:9} {state:9} {self._elapsed(stage):>5}  {detail}", highlight=False, soft_wrap=True
-            )
+            self._print_line(stage, state, detail)
+
+    def _show_sample(self, stage: str, line: str) -> None:
+        if self.console.is_terminal:
+            shown = Text(f"{stage.removesuffix('train')}step {line.removeprefix(SAMPLE)}", style="dim")
+            self.console.print(shown, no_wrap=True, overflow="ellipsis")
+        else:
+            self._print_line(stage, "running", line)
+
+    def _print_line(self, stage: str, state: str, detail: str) -> None:
+        line = f"{stage:9} {state:9} {self._elapsed(stage):>5}  {detail}"
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def _elapsed(self, stage: str) -> str:
         if stage not in self.started:
             return ""
-        return elapsed(self.ended.get(stage, time.monotonic()) - self.started[stage])
+        return duration(self.ended.get(stage, time.monotonic()) - self.started[stage])
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)
-        for heading in ("stage", "state", "time"):
-            table.add_column(heading, no_wrap=True)
+        for heading, width in (("stage", 8), ("state", 7), ("time", 5)):  # what follows them does not move
+            table.add_column(heading, no_wrap=True, min_width=width)
         table.add_column("")
         for stage, (state, detail) in self.rows.items():
             shown = self.spinner if state == "running" else Text(state, style=COLOURS[state])
-            table.add_row(stage, shown, self._elapsed(stage), Text(detail, style="dim" if state == "running" else ""))
+            style = "dim" if state == "running" else ""
+            # The progress of a training has two parts, of which each fits into a line of 80 columns.
+            table.add_row(stage, shown, self._elapsed(stage), Text(detail.replace("; ", "\n"), style=style))
         return table
-
-
-def elapsed(seconds: float) -> str:
-    """Format a duration as minutes:seconds."""
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"

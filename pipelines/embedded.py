@@ -12,6 +12,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from filelock import FileLock
 from gru import storage
 from gru.errors import UserError
 from gru.machine import available_cpus, available_memory
-from gru.network import free_port, require_bindable
-from jobs.entry import HOME_VARIABLE, ray_directory, require_startable_ray
+from gru.network import OWNER_VARIABLE, free_port, require_bindable
+from jobs.entry import HOME_VARIABLE, RAY_VARIABLE, ray_directory, require_startable_ray
 from pipelines.interrupts import interrupts_deferred
 from pipelines.service import EmbeddedService, ServiceFailed, end, stop
 
@@ -29,6 +30,8 @@ DIRECTORY = "embedded"  # in the storage
 RESTART_SECONDS = 60  # after an attempt to start MLflow again that failed
 # MLflow's job execution, which nothing here uses, would start seven processes of 190 MB each.
 MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+# On a full machine, Ray would end its newest worker, and have Linux end workers first, however small they are.
+RAY_ENVIRONMENT = {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_oom_score_adjustment": "0"}
 
 
 @dataclass
@@ -83,6 +86,11 @@ class Services:
                 stop([service for service in self.embedded if service.leave()])
 
 
+def starts_deferred(store: str) -> AbstractContextManager[object]:
+    """Let no other process start or stop embedded services of this storage inside the block."""
+    return _file_lock(Path(store) / DIRECTORY) if storage.is_local(store) else nullcontext()
+
+
 def _file_lock(directory: Path) -> FileLock:
     directory.mkdir(parents=True, exist_ok=True)
     return FileLock(directory / "lock")
@@ -123,22 +131,25 @@ def _start(
     environment: dict[str, str] = {}
     probes: dict[str, urllib.request.Request] = {}
     started: list[EmbeddedService] = []
+    if not mlflow_uri:
+        mlflow_uri = mlflow.url() or _reserve(mlflow, mlflow_port, "--mlflow-port")
+        probes["mlflow"] = _mlflow_probe(mlflow_uri)
+    if not ray_address:
+        require_startable_ray()
+        environment = _ray_environment(directory)
+        ray_address = ray.url() or _reserve(ray, ray_port, "--ray-port")
+        probes["ray"] = _ray_probe(ray_address, environment)
     try:
-        if not mlflow_uri:
-            mlflow_uri = mlflow.url() or _reserve(mlflow, mlflow_port, "--mlflow-port")
-            probes["mlflow"] = _mlflow_probe(mlflow_uri)
-            if not mlflow.process():
-                started.append(mlflow)
-                _start_mlflow(mlflow, mlflow_port)
-        if not ray_address:
-            require_startable_ray()
-            environment = _ray_environment(directory)
-            ray_address = ray.url() or _reserve(ray, ray_port, "--ray-port")
-            probes["ray"] = _ray_probe(ray_address, environment)
-            if not ray.process():
-                inherited = {"MLFLOW_TRACKING_URI": mlflow_uri, HOME_VARIABLE: str(Path.cwd()), "PATH": _path()}
-                started.append(ray)
-                ray.start(_ray_command(ray_port), {**os.environ, **environment, **inherited}, ray_address)
+        if "mlflow" in probes and not mlflow.process():
+            started.append(mlflow)
+            _start_mlflow(mlflow, mlflow_port)
+        if "ray" in probes and not ray.process():
+            port = free_port()
+            inherited = {"MLFLOW_TRACKING_URI": mlflow_uri, HOME_VARIABLE: str(Path.cwd()), "PATH": _path()}
+            inherited[RAY_VARIABLE] = f"127.0.0.1:{port}"
+            started.append(ray)
+            variables = RAY_ENVIRONMENT | _environment(ray) | environment | inherited
+            ray.start(_ray_command(ray_port, port), variables, ray_address)
         for service in (ray, mlflow):
             if service.name in probes:
                 progress(f"waiting for {service.name} to start")
@@ -169,7 +180,7 @@ def down(store: str) -> list[str]:
     directory = Path(store) / DIRECTORY
     if not directory.exists():
         return []
-    with _file_lock(directory):
+    with _file_lock(directory), interrupts_deferred():  # one that stopped halfway would leave some processes
         return stop(services(directory))
 
 
@@ -206,7 +217,7 @@ def _ray_environment(directory: Path) -> dict[str, str]:
     }
 
 
-def _ray_command(port: int) -> list[str]:
+def _ray_command(dashboard_port: int, port: int) -> list[str]:
     return [
         str(Path(sys.executable).with_name("ray")),
         "start",
@@ -215,8 +226,8 @@ def _ray_command(port: int) -> list[str]:
         "--disable-usage-stats",
         "--node-ip-address=127.0.0.1",
         "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={port}",
-        "--port=0",
+        f"--dashboard-port={dashboard_port}",
+        f"--port={port}",
         f"--ray-client-server-port={free_port()}",
         f"--dashboard-agent-listen-port={free_port()}",
         *([f"--temp-dir={directory}"] if (directory := ray_directory()) else []),
@@ -244,7 +255,11 @@ def _mlflow_probe(uri: str) -> urllib.request.Request:
 
 def _start_mlflow(service: EmbeddedService, port: int) -> None:
     command = _mlflow_command(service.directory.parent / "mlflow", port)
-    service.start(command, {**os.environ, **MLFLOW_ENVIRONMENT}, f"http://127.0.0.1:{port}")
+    service.start(command, _environment(service) | MLFLOW_ENVIRONMENT, f"http://127.0.0.1:{port}")
+
+
+def _environment(service: EmbeddedService) -> dict[str, str]:
+    return {**os.environ, OWNER_VARIABLE: str(service.directory.parent)}
 
 
 def _mlflow_command(directory: Path, port: int) -> list[str]:

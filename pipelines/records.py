@@ -3,6 +3,7 @@
 Only this module knows in which order a workflow's arguments are stored, and how a step's output is to be read.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from gru.errors import first_line
 from jobs.stages import STAGES
 
 RUN, SWEEP, TRIAL = "run_pipeline", "sweep", "trial"  # workflows
-OPEN_RUN, FIND_DATASET, RUN_STAGE, CLOSE_RUN = "open_run", "find_dataset", "run_stage", "close_run"  # steps
+# steps
+OPEN_RUN, PIN_INITIAL, FIND_DATASET = "open_run", "pin_initial", "find_dataset"
+RUN_STAGE, CLOSE_RUN = "run_stage", "close_run"
 TRIAL_STAGES = STAGES[:3]
 UNFINISHED = ["PENDING", "ENQUEUED"]
 _STAGES_OF = {RUN: STAGES, TRIAL: TRIAL_STAGES}
@@ -57,6 +60,10 @@ class StepsRecord:
 
     parent: str | None
     """The MLflow run over all stages; None if it is not open yet."""
+    config_json: str | None
+    """The config with its initial model looked up; None if that has not been done yet."""
+    dataset: str | None
+    """The directory of the dataset; None if it is not known yet."""
     stages: list[StageRecord]
 
 
@@ -81,6 +88,25 @@ def workflows(client: DBOSClient, limit: int) -> list[WorkflowRecord]:
     return [_workflow(status) for status in statuses if status.input]
 
 
+def current(client: DBOSClient, store: str | None) -> list[WorkflowRecord]:
+    """The runs and trials of a storage (None: of any) that can be resumed, or are of the newest run or sweep of their
+    pipeline."""
+    statuses = [
+        status
+        for status in client.list_workflows(name=[RUN, SWEEP, TRIAL], load_output=False)
+        if status.input and store in (None, json.loads(_config_json(status))["storage"])
+    ]
+    started = [status for status in sorted(statuses, key=lambda each: each.created_at or 0) if status.name != TRIAL]
+    newest = {json.loads(_config_json(status))["name"]: status.workflow_id for status in started}
+    resumable = {status.workflow_id for status in statuses if status.status != "SUCCESS"}
+    current = {*newest.values(), *resumable}
+    return [
+        _workflow(status)
+        for status in statuses
+        if status.name != SWEEP and not current.isdisjoint((status.workflow_id, status.parent_workflow_id))
+    ]
+
+
 def trial_labels(client: DBOSClient, sweep_id: str) -> dict[str, str]:
     """The label of each trial of a sweep by its workflow's id; empty if the workflow is not a sweep."""
     statuses = client.list_workflows(parent_workflow_id=sweep_id, load_output=False)
@@ -101,9 +127,13 @@ def unfinished_trials(client: DBOSClient, sweep_id: str) -> list[str]:
 def steps(client: DBOSClient, workflow_id: str) -> StepsRecord:
     """The steps of a run or trial that have ended."""
     steps = client.list_workflow_steps(workflow_id)
-    parent = next((step["output"] for step in steps if step["function_name"] == OPEN_RUN), None)
+    parent, configs, dataset = (
+        next((step["output"] for step in steps if step["function_name"] == name), None)
+        for name in (OPEN_RUN, PIN_INITIAL, FIND_DATASET)
+    )
     ended = [step for step in steps if step["function_name"] == RUN_STAGE]
-    return StepsRecord(parent, [_stage(name, step) for name, step in zip(STAGES, ended, strict=False)])
+    records = [_stage(name, step) for name, step in zip(STAGES, ended, strict=False)]
+    return StepsRecord(parent, configs and configs[0], dataset, records)
 
 
 def _workflow(status: Any) -> WorkflowRecord:

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gru import storage
+from gru import preflight, storage
 from gru.config import PipelineConfig, ServeConfig
 from gru.errors import UserError
 from gru.network import is_local_address, require_bindable, url_of
+from jobs.entry import default_ray_directory, ray_directory
 from pipelines.interrupts import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -58,9 +59,12 @@ def opened(arguments: argparse.Namespace, config: PipelineConfig, serves: bool) 
     if serves and not embedded.address(config.storage, "ray"):
         _check_endpoint_address(config.serve)
     console = Console(stderr=True)
-    with console.status("") as status:
+    _check_machine(config.storage, console)
+    with contextlib.ExitStack() as stack:
+        status = stack.enter_context(console.status(""))
         services = embedded.up(config.storage, arguments.ray_port, arguments.mlflow_port, status.update)
-    with _released_afterwards(services, config.serve if serves else None, console):
+        stack.enter_context(_released_afterwards(services, config.serve if serves else None, console))
+        status.stop()  # inside: an interrupt of it must not leave the services running
         os.environ.update(services.environment)
         from pipelines import database
         from pipelines.ray_jobs import RayJobs
@@ -68,9 +72,28 @@ def opened(arguments: argparse.Namespace, config: PipelineConfig, serves: bool) 
         working_dir = None if services.embedded_ray else checkout()
         jobs = RayJobs(services.ray, config.storage, working_dir, {"MLFLOW_TRACKING_URI": services.mlflow})
         logs = logs_of(config.storage)
-        line = f"logs: {logs}   Ray: {services.ray}   MLflow: {services.mlflow}"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        with console.status("connecting to MLflow"):
+            from gru.registry import tracking
+
+            runs = tracking.experiment_url(config.experiment)
+        lines = f"logs   {logs}\nRay    {services.ray}\nMLflow {runs}"
+        console.print(lines, highlight=False, soft_wrap=True, markup=False)
         yield Runtime(console, jobs, services, logs, database.address(config.storage))
+
+
+def _check_machine(store: str, console: "Console") -> None:
+    """Print what will slow a run on this machine. Raises UserError for what prevents one."""
+    from pipelines import embedded
+
+    starts_ray = "RAY_ADDRESS" not in os.environ and not embedded.address(store, "ray")
+    ray = ray_directory() or str(default_ray_directory())
+    findings = preflight.judge(
+        preflight.run_facts(store if storage.is_local(store) else None, ray if starts_ray else None)
+    )
+    for sentence in findings.warnings:
+        console.print(f"note: {sentence}", highlight=False, soft_wrap=True, markup=False)
+    if findings.refusals:
+        raise UserError("; ".join(findings.refusals))
 
 
 def logs_of(store: str) -> Path:

@@ -12,10 +12,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from gru.terminal import duration
 from pipelines import records
 from pipelines.context import log_file
 from pipelines.database import open_client
-from pipelines.display import COLOURS, elapsed
+from pipelines.display import COLOURS
 from pipelines.ray_jobs import Attempt, RayJobs
 from pipelines.records import StageRecord, WorkflowRecord
 
@@ -97,13 +98,13 @@ def table(workflows: list[WorkflowStatus]) -> Group:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(workflow.began))
         head = Text(f"{workflow.id}  ")
         head.append(workflow.state, style=COLOURS[workflow.state])
-        head.append(f"  began {began}, {elapsed(workflow.seconds)}  {workflow.label}")
+        head.append(f"  began {began}, {duration(workflow.seconds)}  {workflow.label}")
         rows = Table(box=None, pad_edge=True, show_header=False)
         for stage in workflow.stages:
             rows.add_row(
                 f"  {stage.name}",
                 Text(stage.state, style=COLOURS[stage.state]),
-                "" if stage.seconds is None else elapsed(stage.seconds),
+                "" if stage.seconds is None else duration(stage.seconds),
                 f"attempt {stage.attempts}" if (stage.attempts or 0) > 1 else "",
                 Path(stage.log).name if stage.log else "",
             )

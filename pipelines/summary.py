@@ -1,24 +1,18 @@
 """The summaries that `gru run` and `gru sweep` print for people."""
 
-import json
 import shlex
 from collections.abc import Sequence
 
 from gru.config import PipelineConfig
+from gru.terminal import printable
+from jobs.model_card import curl
 from jobs.results import RunResult, SweepResult
-from pipelines.commands import KEY_VARIABLE
 
 
 def of_run(config: PipelineConfig, result: RunResult) -> str:
     """Scores, a sample, and where to find the MLflow run and the endpoint."""
-    request = {"model": result["model"], "prompt": config.evaluate.prompt, "max_tokens": 100}
-    body = shlex.quote(json.dumps(request, ensure_ascii=False))
-    # A model that has learned little may generate control characters, which must not reach a terminal.
-    text = result["sample"].strip("\n")
-    printable = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    sample = "\n".join(f"    {line}" for line in printable.splitlines())
+    sample = "\n".join(f"    {line}" for line in printable(result["sample"].strip("\n")).splitlines())
     served = f"version {result['serving']} of {result['model']}"
-    key = f' -H "Authorization: Bearer ${KEY_VARIABLE}"' if config.serve.keys else ""
     return f"""
 {result["bits_per_byte"]:.3f} bits per byte, {result["nats_per_character"]:.3f} nats per character on held-out text
 
@@ -26,7 +20,7 @@ def of_run(config: PipelineConfig, result: RunResult) -> str:
 
 tracking   {result["tracking"]}
 endpoint   {result["endpoint"]} serves {served}
-try        curl {result["endpoint"]}/v1/completions -H 'Content-Type: application/json'{key} -d {body}"""
+try        {curl(config, result["model"])}"""
 
 
 def of_sweep(path: str, result: SweepResult, best: Sequence[str]) -> str:

@@ -89,7 +89,12 @@ def execute(
 def sweep(config_json: str, variants: dict[str, str], key: str) -> SweepResult:
     """Run a trial for each variant, given as label and config, on the queue `key`."""
     parent = workflow.open_run(config_json, key, f"sweep of {len(variants)}", None)
-    handles = {name: DBOS.enqueue_workflow(key, trial, name, each, parent) for name, each in variants.items()}
+    try:
+        configs = dict(zip(variants, workflow.pin_initial([*variants.values()]), strict=True))
+    except Exception:
+        workflow.close_run(parent, "FAILED", {})
+        raise
+    handles = {name: DBOS.enqueue_workflow(key, trial, name, each, parent) for name, each in configs.items()}
     scored: dict[str, ScoreSummary] = {}
     failed: dict[str, TrialFailure] = {}
     for name, handle in handles.items():

@@ -12,9 +12,10 @@ from typing import Any, cast
 from dbos import DBOS, DBOSConfig, SetWorkflowID
 from dbos import error as dbos_error
 
-from gru.config import PipelineConfig, Resources, content_key
+from gru.config import NO_MODEL, PipelineConfig, Resources, content_key
 from gru.registry import tracking
-from jobs import results, stages
+from jobs import results, stages, warm_start
+from jobs.model_card import model_card
 from jobs.results import RunResult, ScoreSummary, StageResults
 from jobs.stages import STAGES
 from pipelines import records
@@ -25,7 +26,7 @@ from pipelines.lock import workflow_lock
 from pipelines.ray_jobs import JobFailed, RayJobs
 
 SCORING = ("evaluate", "promote")  # stages whose driver itself computes
-STEPS_VERSION = 3  # raise it when the steps change: a workflow must not resume with other steps than it began with
+STEPS_VERSION = 4  # raise it when the steps change: a workflow must not resume with other steps than it began with
 
 _context: WorkflowContext | None = None
 
@@ -131,8 +132,9 @@ def run_stages(names: Sequence[str], config_json: str, parent: str, label: str) 
     Returns the directory of the dataset and the results. `label` is that of a sweep's trial, else "".
     """
     done: dict[str, Any] = {}
-    dataset = find_dataset(config_json)
     try:
+        [config_json] = pin_initial([config_json])
+        dataset = find_dataset(config_json)
         for name in names:
             done[name] = run_stage(name, config_json, parent, dataset, cast(StageResults, done), label)
     except Exception:
@@ -149,9 +151,17 @@ def open_run(config_json: str, key: str, name: str | None, parent: str | None) -
     name: None for the name of the config.
     """
     config = PipelineConfig.model_validate_json(config_json)
+    if config.train.init_from:  # its alias may name another model than in an earlier run of this config
+        key = content_key(key, warm_start.pinned(config).train.init_digest or NO_MODEL)
     run = tracking.open_run(config.experiment, key, name or config.name, parent)
     run.log_params(config.model_dump())
     return run.id
+
+
+@DBOS.step(name=records.PIN_INITIAL)
+def pin_initial(configs: list[str]) -> list[str]:
+    """Return the configs with their initial models looked up: an alias may move while the stages run."""
+    return [warm_start.pinned(PipelineConfig.model_validate_json(each)).model_dump_json() for each in configs]
 
 
 @DBOS.step(name=records.FIND_DATASET)
@@ -174,7 +184,8 @@ def run_stage(
 ) -> dict[str, Any]:
     """Return the result of a stage: the one on storage, or else that of its Ray job.
 
-    done: results of the stages before it. Progress is shown under `label` and the stage's name.
+    done: results of the stages before it. Progress is shown under `label` and the stage's name, and the MLflow run
+    `parent` gets what the result adds to it.
     """
     assert _context is not None
     show = partial(_context.show, label, name)
@@ -182,8 +193,11 @@ def run_stage(
     stage = stages.of(name, config, dataset, done)
     result: dict[str, Any] | None = stage.result()
     if result is not None:
+        _log_result(parent, config, name, cast(StageResults, {**done, name: result}))
         show("cached", results.describe(name, result))
         return result
+    if name == "prepare":
+        tracking.find_run(parent).describe(model_card(config, done))
     show("running", "")
     try:
         _context.jobs.run(
@@ -200,5 +214,21 @@ def run_stage(
         raise
     result = stage.result()
     assert result is not None, f"{name} succeeded, but left no result"
+    _log_result(parent, config, name, cast(StageResults, {**done, name: result}))
     show("done", results.describe(name, result))
     return result
+
+
+def _log_result(parent: str, config: PipelineConfig, name: str, done: StageResults) -> None:
+    """Log the key metrics and the model card, as far as the stages are done, to the MLflow run over all stages.
+
+    name: the stage that is done now. If it was done before this workflow, the run has nothing of it yet.
+    """
+    if name == "serve":  # it adds nothing, and may be repeated alone
+        return
+    run = tracking.find_run(parent)
+    if name == "train":
+        run.log_key_points_of(done["train"]["run"])
+    if name == "evaluate":
+        run.log_metrics(cast(dict[str, float], results.score_summary(done["evaluate"])))
+    run.describe(model_card(config, done))

@@ -3,8 +3,10 @@
 import argparse
 import json
 import math
+import sys
 import time
 from datetime import datetime
+from pathlib import Path
 
 from gru.config import PipelineConfig
 from gru.errors import UserError, find_user_error
@@ -18,7 +20,7 @@ CHECK_SECONDS = 2.0  # between two looks at the embedded services, while a comma
 
 
 def run(arguments: argparse.Namespace) -> None:
-    config = entry.load_config(arguments.config, arguments.set)
+    config = entry.load_config(_config_file(arguments), arguments.set)
     with opened(arguments, config, serves=True) as runtime:
         result = _execute(config, runtime)
         runtime.console.print(summary.of_run(config, result), highlight=False, soft_wrap=True, markup=False)
@@ -26,6 +28,25 @@ def run(arguments: argparse.Namespace) -> None:
         if not arguments.exit:
             runtime.console.print("\nServing. Ctrl-C stops everything.", highlight=False)
             _stay_up(runtime, until=math.inf)
+
+
+def _config_file(arguments: argparse.Namespace) -> str:
+    """Return CONFIG, or the path of the config for the text at the paths that were given instead."""
+    given = arguments.config
+    tomls = [path for path in given if path.endswith(".toml") and "://" not in path and not Path(path).is_dir()]
+    configs = tomls + [path for path in given if path.lstrip().startswith("{")]
+    if not configs:
+        from jobs.init import find_or_write
+
+        def show(line: str) -> None:
+            print(line, file=sys.stderr)
+
+        return find_or_write(given, arguments.minutes, arguments.name, show)
+    if len(given) > 1:
+        raise UserError(f"{configs[0]} is a config: give it alone, or give paths of text only")
+    if arguments.minutes or arguments.name:
+        raise UserError(f"--minutes and --name are for text: set train.steps and name in {configs[0]}")
+    return str(given[0])
 
 
 def schedule(arguments: argparse.Namespace) -> None:

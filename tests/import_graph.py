@@ -37,7 +37,8 @@ class ImportGraph:
         return [" -> ".join(chain) for chain in sorted(filter(None, chains), key=lambda chain: (len(chain), chain))]
 
     def _targets(self, file: Path) -> set[str]:
-        """The modules that a file imports, with the packages that contain those of the tree."""
+        """The modules that a file imports, with the packages that contain those of the tree, except its top packages:
+        they import nothing when a module in them is imported."""
         targets: set[str] = set()
         for name in imported_names(file):
             module = name if name in self.modules else name.rpartition(".")[0]
@@ -45,7 +46,8 @@ class ImportGraph:
                 targets.add(name.split(".")[0])  # outside the tree, or a name in it that does not exist
                 continue
             parts = module.split(".")
-            targets |= {".".join(parts[:count]) for count in range(1, len(parts) + 1)} & self.modules.keys()
+            containing = {".".join(parts[:count]) for count in range(2, len(parts))}
+            targets |= {module, *containing} & self.modules.keys()
         return targets
 
 

@@ -22,18 +22,22 @@ GROUND = [
     "network",
     "machine",
     "native",
+    "preflight",
+    "terminal",
     "nvrtc",
     "ray_internals",
 ]
 PACKAGES = ["model", "corpus", "generation", "registry", "training", "proposal", "evaluation", "serving", "comparison"]
 LAYERS = [
-    ["gru", *(f"gru.{module}" for module in GROUND)],
+    [f"gru.{module}" for module in GROUND],
     *([f"gru.{package}"] for package in PACKAGES),
+    ["gru"],
     ["jobs"],
     ["pipelines"],
     ["tests"],
 ]
-"""Modules and packages by layer, lower layers first."""
+"""Modules and packages by layer, lower layers first. `gru` itself is the front of the library: its names, imported when
+they are used."""
 HEAVY = {"ray", "mlflow", "fastapi", "starlette", "dbos"}
 PLAIN = [
     "gru.model",
@@ -57,6 +61,8 @@ PLAIN = [
     "gru.proposal",
     "gru.training.checkpoint",
     "gru.training.learner",
+    "gru.training.progress",
+    "gru.training.sampler",
 ]
 """Modules and packages that reach none of HEAVY."""
 RAY_INTERNALS = "gru/ray_internals.py"

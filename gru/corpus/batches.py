@@ -98,6 +98,11 @@ class LaneOrder:
         start = (step - epoch.first_step) * self.sequence_length
         return epoch.number, start, min(start + self.sequence_length, epoch.stretch)
 
+    def tokens_before(self, step: int) -> int:
+        """Return the number of tokens that all lanes together read in the steps before this one."""
+        epoch, start, _ = self.window_of(step)
+        return self.lanes * (sum(self.epoch(number).stretch for number in range(epoch)) + start)
+
     def slices(self, epoch: int, lane: int, start: int, stop: int) -> list[tuple[int, int, int]]:
         """Return the (segment, start, stop) that tokens [start, stop) of a lane's stretch consist of, in order."""
         order, ends = self._permuted(epoch)

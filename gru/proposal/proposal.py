@@ -44,7 +44,7 @@ def propose(
     by default it is derived from the first path. Raises UserError if there is nothing to read.
     """
     try:
-        return _propose(paths, absolute, machine, store, _name(name, absolute(paths[0])))
+        return _propose(paths, absolute, machine, store, choose_name(name, absolute(paths[0])))
     except UserError as error:  # messages name keys of a file that does not exist yet
         raise UserError(re.sub(r"^corpus[\w., ]*: ", "", str(error))) from None
 
@@ -78,7 +78,11 @@ def _propose(paths: list[str], absolute: Callable[[str], str], machine: Machine,
     return Proposal(toml, preview, training, _notes(preview, training))
 
 
-def _name(name: str | None, path: str) -> Setting:
+def choose_name(name: str | None, path: str) -> Setting:
+    """Return the name of the pipeline: `name` if it is given, else one derived from the first path, as it is opened.
+
+    Raises UserError for a name that cannot be one.
+    """
     reason = "names the pipeline, its model and its MLflow experiment"
     if name is not None:
         if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):

@@ -1,12 +1,15 @@
 import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gru.errors import UserError
-from gru.network import free_port, is_local_address, require_bindable, url_of
+from gru.network import OWNER_VARIABLE, free_port, is_local_address, require_bindable, url_of
 
 OPTION = "--set serve.port=PORT"
 FIRST_UNPRIVILEGED = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
@@ -36,7 +39,36 @@ def test_a_port_in_use_is_named_with_its_option() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert refusal("127.0.0.1", port) == (f"port {port} is in use by another program: choose another with {OPTION}")
+        name = psutil.Process().name()
+        assert refusal("127.0.0.1", port) == (
+            f"port {port} is in use by {name} (process {os.getpid()}): choose another with {OPTION}"
+        )
+
+
+LISTEN = """
+import socket, subprocess, sys
+if sys.argv[1:] == ["child"]:
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    print(server.getsockname()[1], flush=True)
+    sys.stdin.readline()
+else:
+    subprocess.run([sys.executable, "-c", sys.argv[1], "child"], env={})  # as Ray's workers, whose own is overwritten
+"""
+
+
+def test_a_port_of_embedded_services_is_named_with_their_storage() -> None:
+    command = [sys.executable, "-c", LISTEN, LISTEN]
+    environment = {**os.environ, OWNER_VARIABLE: "/x/store"}
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as service:
+        assert service.stdout is not None
+        port = int(service.stdout.readline())
+        user = "the embedded services of /x/store, which `gru down /x/store` stops"
+        assert refusal("127.0.0.1", port) == f"port {port} is in use by {user}: choose another with {OPTION}"
+        service.communicate("end")
 
 
 @pytest.mark.skipif(

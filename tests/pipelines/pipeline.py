@@ -170,9 +170,10 @@ class Pipeline:
         command = ["-m", f"jobs.{stage}"]
         return [p for p in self.service_processes() if command[1] in (line := _command_of(p)) and command[0] in line]
 
-    def status(self) -> list[dict[str, Any]]:
+    def status(self, part: str = "workflows") -> list[dict[str, Any]]:
+        """What `gru status` says of the workflows, or of the endpoints."""
         command = [*GRU, "status", str(self.storage), "--json"]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)[part]
 
     def wait_for_result(self) -> None:
         def result() -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ COMMANDS = [
     "sweep",
     "cancel",
     "down",
+    "clean",
     "init",
     "look",
     "status",
@@ -85,6 +86,9 @@ def test_schema_prints_the_json_schema_of_the_configuration() -> None:
     ("arguments", "message"),
     [
         (["sweep", "C", "--at-once=0"], "argument --at-once: '0' must be an integer >= 1"),
+        (["generate", "C", "--tokens=0"], "argument --tokens/--max-tokens: '0' must be an integer >= 1"),
+        (["generate", "C", "--stop="], "argument --stop: must not be empty"),
+        (["clean", "S", "--older-than=-1"], "argument --older-than: '-1' must be a number >= 0"),
         (["init", "P", "--minutes=0"], "argument --minutes: '0' must be a number > 0"),
         (["run", "C", "--ray-port=65536"], "argument --ray-port: '65536' must be a port number, 1 to 65535"),
         (["run", "C", "--mlflow-port=http"], "argument --mlflow-port: 'http' must be a port number, 1 to 65535"),

@@ -1,6 +1,9 @@
 """The embedded Ray head and MLflow server, as real processes."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +12,7 @@ import psutil
 import pytest
 
 from gru.network import free_port
+from jobs.entry import RAY_VARIABLE
 from pipelines import embedded, service
 from pipelines.service import EmbeddedService, ServiceFailed, identify
 from tests.waiting import wait_until
@@ -39,6 +43,9 @@ def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_us
         assert len(processes) > 5
         [mlflow] = [process for process in (service.process() for service in services[1:]) if process]
         assert mlflow.environ()["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
+        [ray] = [process for process in (service.process() for service in services[:1]) if process]
+        port = ray.environ()[RAY_VARIABLE].removeprefix("127.0.0.1:")
+        assert f"--port={port}" in ray.cmdline(), "its jobs must not use a Ray that was started later"
         commands = [" ".join(child.cmdline()) for child in mlflow.children(recursive=True)]
         assert not [command for command in commands if "mlflow.server.jobs" in command], "job runners of 190 MB each"
         for user, runs in zip(users, (True, False), strict=True):
@@ -99,6 +106,65 @@ def test_an_mlflow_that_does_not_start_again_does_not_stop_the_endpoint(
     services.restart_after = 0
     assert "mlflow.log" in (services.check() or "")
     services.leave()
+
+
+INTERRUPTED = """
+import sys, time
+from rich.console import Console
+from pipelines import embedded, runtime, service
+store, port, program = sys.argv[1:]
+embedded._mlflow_command = lambda directory, port: ["/bin/sh", "-c", program]
+service.STOP_SECONDS = 1
+services = embedded.up(store, 1, int(port), lambda line: None)
+with runtime._released_afterwards(services, None, Console()):
+    print("up", flush=True)
+    time.sleep(600)
+"""
+
+
+def ignores_interrupts(process: "subprocess.Popen[str]") -> bool:
+    [mask] = re.findall(r"^SigIgn:\t(.*)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+
+
+@pytest.mark.parametrize("phase", ["starting", "up", "stopping"])
+def test_ctrl_c_pressed_twice_leaves_nothing(tmp_path: Path, phase: str) -> None:
+    (tmp_path / "health").touch()
+    port = free_port()
+    server = f"{sys.executable} -m http.server {port} --bind 127.0.0.1 --directory {tmp_path} & wait"
+    program = "trap '' TERM; " + ("sleep 600" if phase == "starting" else server)  # its processes must be killed
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(port), program]
+    environment = {**os.environ, "RAY_ADDRESS": "http://127.0.0.1:1"}
+    mlflow = EmbeddedService("mlflow", tmp_path / embedded.DIRECTORY)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE) as user:
+        wait_until("two processes", lambda: len(mlflow.processes()) == 2)
+        if phase != "starting":
+            assert user.stdout is not None and user.stdout.readline() == "up\n"
+        identities = [identify(process) for process in mlflow.processes()]
+        user.send_signal(signal.SIGINT)
+        if phase == "stopping":
+            wait_until("the stop", lambda: ignores_interrupts(user))
+        user.send_signal(signal.SIGINT)
+    assert not [identity for identity in identities if service._find(identity)]
+    assert not mlflow.record.exists()
+    assert user.returncode == -signal.SIGINT
+
+
+def test_a_down_that_is_interrupted_twice_stops_everything_first(tmp_path: Path) -> None:
+    script = "import sys; from pipelines import embedded, service; service.STOP_SECONDS = 1; embedded.down(sys.argv[1])"
+    mlflow = EmbeddedService("mlflow", tmp_path / embedded.DIRECTORY)
+    program = f"trap 'touch {tmp_path}/asked' TERM; sleep 600 & while true; do wait; done"
+    mlflow.start(["/bin/sh", "-c", program], os.environ, "http://127.0.0.1:1")
+    try:
+        wait_until("two processes", lambda: len(mlflow.processes()) == 2)
+        identities = [identify(process) for process in mlflow.processes()]
+        with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) as down:
+            wait_until("the stop", (tmp_path / "asked").exists)
+            down.send_signal(signal.SIGINT)
+            down.send_signal(signal.SIGINT)
+        assert not [identity for identity in identities if service._find(identity)] and not mlflow.record.exists()
+    finally:
+        embedded.down(str(tmp_path))
 
 
 def test_what_gru_down_stopped_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
+import httpx
 import mlflow
 import openai
 import psutil
@@ -39,11 +41,55 @@ def test_the_openai_client_gets_the_same_text_whole_and_streamed(pipeline: Pipel
         client.completions.create(**{**request, "model": "other"})
 
 
-def test_gru_generate_prints_the_endpoints_text(pipeline: Pipeline) -> None:
-    command = [*GRU, "generate", pipeline.config, "The crow", "--max-tokens=20", "--seed=1"]
-    texts = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
-    assert texts[0] == texts[1]
-    assert texts[0].startswith("The crow")
+def test_gru_generate_prints_the_same_text_from_endpoint_registry_and_run(pipeline: Pipeline) -> None:
+    [run] = pipeline.storage.glob("runs/*/bundle")
+    texts = {}
+    for model in (pipeline.config, "fables@champion", "fables:1", str(run.parent)):
+        command = [*GRU, "generate", model, "The crow", "--tokens=20", "--seed=1", f"--storage={pipeline.storage}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        texts[done.stderr] = done.stdout
+    assert len(set(texts.values())) == 1 and done.stdout.startswith("The crow")
+    assert list(texts) == [
+        f"fables version 1 from {pipeline.endpoint}, seed 1\n",
+        f"fables version 1 from {pipeline.tracking}, seed 1\n",
+        f"the bundle {run}, seed 1\n",
+    ]
+
+
+def test_headers_are_limited_before_they_cost_anything(pipeline: Pipeline) -> None:
+    refused = httpx.get(pipeline.endpoint, headers={"x": "a" * 70_000})
+    assert refused.status_code == 431 and refused.json()["error"]["type"] == "invalid_request_error"
+    latin = httpx.get(pipeline.endpoint, headers={"x-session-id": b"caf\xe9", "x-request-id": b"caf\xe9"})
+    assert latin.status_code == 200
+    assert "gru_model_info" in httpx.get(f"{pipeline.endpoint}/metrics").text
+
+
+def test_status_tells_what_the_endpoint_serves(pipeline: Pipeline) -> None:
+    [endpoint] = pipeline.status("endpoints")
+    [model] = endpoint.pop("models")
+    assert endpoint.pop("tokens_per_second") >= 0
+    assert endpoint == {"url": pipeline.endpoint, "problem": None, "replicas": 1, "running": 0, "waiting": 0}
+    assert (model["name"], model["version"], model["alias"]) == ("fables", "1", "champion")
+    assert pipeline.storage.stat().st_ctime - 86400 < model["since"] <= time.time()
+    shown = subprocess.run([*GRU, "status", str(pipeline.storage)], capture_output=True, text=True, check=True).stdout
+    assert f"endpoint: {pipeline.endpoint}: 1 replica, " in shown and "fables@champion is version 1 since " in shown
+
+
+def test_the_access_log_is_a_file_of_its_own(pipeline: Pipeline) -> None:
+    httpx.get(f"{pipeline.endpoint}/v1/models", headers={"x-request-id": "look-for-this"})
+    files = {file.path for process in pipeline.service_processes() for file in process.open_files()}
+    [log] = [file for file in files if Path(file).name.startswith("access_")]
+    assert Path(log).parent.parts[-2:] == ("logs", "serve")
+    lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
+    [line] = [line for line in lines if line.get("request") == "look-for-this"]
+    assert (line["path"], line["status"]) == ("/v1/models", 200)
+
+
+def test_a_full_machine_does_not_end_the_endpoint_for_being_of_ray(pipeline: Pipeline) -> None:
+    adjustments = {Path(f"/proc/{process.pid}/oom_score_adj").read_text() for process in pipeline.service_processes()}
+    assert adjustments == {Path("/proc/self/oom_score_adj").read_text()}
+    [raylet] = [process for process in pipeline.service_processes() if process.name() == "raylet"]
+    assert raylet.environ()["RAY_memory_monitor_refresh_ms"] == "0"
 
 
 def test_only_the_loopback_address_is_bound(pipeline: Pipeline) -> None:
@@ -86,8 +132,10 @@ def test_a_submitted_job_ends_with_its_result_as_the_last_line(pipeline: Pipelin
 
 
 def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> None:
-    """The endpoint follows @champion without a restart. A stage whose job was killed gets a second attempt."""
-    longer = [*pipeline.command, "--set", f"train.steps={pipeline.steps + 100}", "--exit"]
+    """It starts from the first one. The endpoint follows @champion without a restart. A stage whose job was killed gets
+    a second attempt."""
+    changes = ["--set", "train.init_from=@champion", "--set", f"train.steps={pipeline.steps + 100}"]
+    longer = [*pipeline.command, *changes, "--exit"]
     running = subprocess.Popen(
         longer, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -95,7 +143,7 @@ def test_a_better_version_takes_over_and_is_rolled_back(pipeline: Pipeline) -> N
     out, err = running.communicate()
     assert running.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
-    assert "prepare   cached" in err
+    assert f"{pipeline.steps + 100} steps from fables:1, held-out" in err
     assert result["version"] == "2"
     [*_, workflow] = pipeline.status()
     assert [(stage["name"], stage["attempts"]) for stage in workflow["stages"]][1] == ("train", 2)

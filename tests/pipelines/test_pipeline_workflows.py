@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import openai
 import psutil
+import pytest
 
 from gru.corpus.dataset import open_dataset
+from gru.registry.origins import database_origins, server_origins
 from tests.pipelines.pipeline import GRU, Pipeline
 
 
@@ -35,7 +38,9 @@ def test_status_shows_the_stages_of_each_workflow(pipeline: Pipeline) -> None:
 
 
 def test_a_schedule_repeats_what_run_does(pipeline: Pipeline) -> None:
-    command = [*GRU, "schedule", pipeline.config, "--cron", "* * * * * */5", *pipeline.ports]
+    """Nothing is new in the sources, so each run is that of the champion, and trains no other one from it."""
+    changes = ["--set", "train.init_from=@champion"]
+    command = [*GRU, "schedule", pipeline.config, "--cron", "* * * * * */5", *pipeline.ports, *changes]
     with subprocess.Popen(
         command, cwd=pipeline.directory, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -62,7 +67,7 @@ def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None
     assert states() == (0, whole)
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert str(pipeline.corpus) in shown and "fables:1: version 1" in shown
-    [dataset] = pipeline.storage.glob("datasets/*")
+    dataset = Path(pipeline.result["dataset"])
     shard = next(dataset.glob("train-*.parquet"))
     data = shard.read_bytes()
     shard.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
@@ -71,8 +76,27 @@ def test_lineage_leads_from_the_model_to_its_sources(pipeline: Pipeline) -> None
     away = dataset.rename(pipeline.directory / "away")
     assert states() == (0, whole | {"dataset": "absent", "sources": "absent"})
     away.rename(dataset)
+    second = subprocess.run([*GRU, "lineage", "fables:2", command[-1]], capture_output=True, text=True, check=True)
+    assert "started from fables:1 (" in second.stdout
     missing = subprocess.run([*GRU, "lineage", "fables@best", command[-1]], capture_output=True, text=True)
     assert (missing.returncode, missing.stderr) == (2, "error: fables@best: no version of a model 'fables' is @best\n")
+
+
+def test_clean_keeps_the_lineage_beside_a_pipeline_that_is_up(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(pipeline.directory))
+    command = [*GRU, "clean", str(pipeline.storage), "--older-than=0", "--yes"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "stays: " in done.stdout
+    verify = [*GRU, "lineage", "fables:1", "--verify", f"--storage={pipeline.storage}", "--json"]
+    links = json.loads(subprocess.run(verify, capture_output=True, text=True, check=True).stdout)
+    assert "absent" not in {link["state"] for link in links}
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(pipeline.tracking)
+    assert database_origins(pipeline.storage / "mlflow") == server_origins() != []
+    mlflow.set_tracking_uri(before)
 
 
 def test_a_mistake_that_only_a_stage_can_find_is_reported_in_one_line(pipeline: Pipeline) -> None:
@@ -91,8 +115,7 @@ def test_a_mistake_that_only_a_stage_can_find_is_reported_in_one_line(pipeline: 
 def answers_in_progress(pipeline: Pipeline) -> Iterator[list[list[str]]]:
     """Request four answers of eight texts, which take seconds. Yields a list that has the finish reasons at the end."""
     client = openai.OpenAI(base_url=f"{pipeline.endpoint}/v1", api_key="none")
-    [manifest] = pipeline.storage.glob("datasets/*/manifest.json")
-    no_end_of_text = {str(open_dataset(str(manifest.parent)).manifest.end_of_text): -100}
+    no_end_of_text = {str(open_dataset(pipeline.result["dataset"]).manifest.end_of_text): -100}
     request = {"model": "fables", "prompt": "A ", "max_tokens": 1000, "n": 8, "logit_bias": no_end_of_text}
     streams = [client.completions.create(**request, stream=True) for _ in range(4)]
     finished: list[list[str]] = []

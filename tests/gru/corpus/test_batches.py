@@ -38,6 +38,10 @@ def test_an_epoch_has_every_token_once(lanes: int, sequence_length: int) -> None
             seen.update(targets.reshape(-1).tolist())
     assert set(seen.values()) == {1}
     assert total - lanes < len(seen) <= total
+    assert order.tokens_before(0) == 0
+    steps = order.epoch(0).steps
+    assert [order.tokens_before(n * steps) for n in (1, 3)] == [len(seen), 3 * len(seen)]
+    assert order.tokens_before(2 * steps + 1) == 2 * len(seen) + lanes * sequence_length
     assert len(seen) == order.epoch(0).stretch * lanes
 
 
