@@ -71,7 +71,8 @@ def test_a_killed_sweep_resumes_and_finds_the_best_trial(killed_pipeline: Pipeli
     attempts = {stage["attempts"] for trial in killed_pipeline.status()[-2:] for stage in trial["stages"][1:]}
     assert attempts == {1}, "each job ran once"
     client = mlflow.MlflowClient(killed_pipeline.tracking)
-    parent = client.get_run(result["tracking"].rsplit("/", 1)[1])
+    run_id = result["tracking"].rsplit("/", 1)[1].partition("?")[0]
+    parent = client.get_run(run_id)
     below = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     trials = client.search_runs([parent.info.experiment_id], below)
     assert {run.info.run_name for run in trials} == set(result["trials"])
