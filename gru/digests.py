@@ -23,7 +23,7 @@ def read_verified(path: str) -> dict[str, bytes]:
     try:
         digests = storage.read_json(storage.join(path, DIGESTS))
         if odd := [name for name in digests if "/" in name or name in (".", "..")]:
-            raise DamagedFiles(f"{path}: {DIGESTS} names {odd[0]!r}, which is no file of this directory")
+            raise DamagedFiles(f"{path}: {DIGESTS} names {odd[0]!r}; expected names of files in this directory")
         files = {name: storage.read_bytes(storage.join(path, name)) for name in digests}
     except (FileNotFoundError, ValueError) as error:
         raise DamagedFiles(f"{path}: incomplete: {error}") from None

@@ -26,12 +26,15 @@ class MetricsLogger:
         self._stop_watching: Callable[[], None] | None = None
 
     def log(self, points: list[tracking.Point]) -> None:
-        """Log points in MLflow, each once. Raises what MLflow raises."""
+        """Log points in MLflow, each once. Raises what MLflow raises, but not for the run over all stages."""
+        from mlflow.exceptions import MlflowException
+
         if self._run is None:
             run = tracking.open_metrics(self._uri, self._run_id)
             self._run, self._stop_watching = run, run.watch_system()
         self._run.log_points(points)
-        with suppress(Exception):  # the workflow logs what is missing there when the stage is done
+        # Someone may have deleted the run over all stages. The workflow logs there what is missing after the stage.
+        with suppress(MlflowException):
             if self._parent_id and self._parent is None:
                 self._parent = tracking.find_run(self._parent_id)
             if self._parent:

@@ -35,7 +35,7 @@ def test_a_bundle_that_names_files_outside_of_it_is_refused(tmp_path: Path, toke
     path = Path(write(tmp_path / "bundle", tokenizer, 1))
     digests = json.loads((path / DIGESTS).read_text())
     (path / DIGESTS).write_text(json.dumps(digests | {name: "0" * 64}))
-    with pytest.raises(DamagedFiles, match="is no file of this directory"):
+    with pytest.raises(DamagedFiles, match="expected names of files in this directory"):
         load_bundle(path)
 
 
