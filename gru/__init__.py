@@ -3,6 +3,7 @@
 They are imported when they are first used, so that `import gru` takes no time.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from gru.training.single_process import train
 
 __all__ = ["generate", "load_bundle", "open_dataset", "train"]
+
+# PyTorch's threads spin while they wait for each other, by default for milliseconds. On a machine that has other work,
+# that keeps a core from the very thread that is waited for: training steps took three times as long. So few turns cost
+# nothing on a quiet machine. Read when PyTorch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _MODULES = {
     "generate": "gru.generation.generate",

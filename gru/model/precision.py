@@ -36,8 +36,11 @@ def bf16_advantage() -> float:
 
     It is measured, in a few hundredths of a second, because the processor's instruction sets do not tell: Intel's
     Sapphire Rapids has AVX512-BF16 at half the rate of fp32, and the matrix unit that makes it fast (AMX) may be hidden
-    from a virtual machine.
+    from a virtual machine. What counts is the time that one thread computes, so that other work on the machine does not
+    decide with which precision a model is trained.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     best: dict[torch.dtype, float] = {}
     factors = {
         dtype: (torch.ones(256, 512, dtype=dtype), torch.ones(512, 1536, dtype=dtype))
@@ -45,9 +48,10 @@ def bf16_advantage() -> float:
     }
     for _ in range(5):
         for dtype, (left, right) in factors.items():
-            started = time.perf_counter()
+            started = time.thread_time()
             torch.mm(left, right)
-            best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - started)
+            best[dtype] = min(best.get(dtype, float("inf")), time.thread_time() - started)
+    torch.set_num_threads(threads)
     advantage = best[torch.float32] / best[torch.bfloat16]
     log.info("bf16 matrix products run %.1f times as fast as fp32 on this processor", advantage)
     return advantage

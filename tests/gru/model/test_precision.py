@@ -1,5 +1,9 @@
 """Tests of the choice of precision."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +27,18 @@ def test_auto_chooses_bf16_where_it_is_faster(monkeypatch: pytest.MonkeyPatch, a
 
 def test_the_advantage_is_measured_once() -> None:
     assert precision.bf16_advantage() == precision.bf16_advantage() > 0
+
+
+def test_other_work_on_the_machine_does_not_change_the_choice() -> None:
+    alone = precision.bf16_advantage()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        beside = [precision.bf16_advantage.__wrapped__() for _ in range(3)]
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert {advantage > precision.ADVANTAGE for advantage in beside} == {alone > precision.ADVANTAGE}
 
 
 def test_tf32_is_off_within_the_context_only() -> None:
