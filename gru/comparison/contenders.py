@@ -6,7 +6,9 @@ from typing import Any, get_args
 
 import torch
 
-from gru.config import Cell, ModelConfig, PipelineConfig, Section, TrainConfig, changed, content_key
+from gru.config import ModelConfig, PipelineConfig, TrainConfig, changed, content_key
+from gru.config_fields import Section
+from gru.config_stages import Cell
 from gru.corpus.batches import LaneOrder
 from gru.corpus.dataset import Dataset
 from gru.errors import UserError

@@ -26,6 +26,10 @@ _INVALID_HEADERS = ("InvalidHeaderError", "TruncatedHeaderError")  # the others 
 _STEP = 1 << 14  # bytes that are read at a time: of what comes before a damaged place, less than this is lost
 
 
+class EndsInMember(Damage):
+    """The archive cannot be read behind a member because that one is damaged, as its reader was told."""
+
+
 class Gap(NamedTuple):
     """Bytes of a tar archive where the header of a member should be, and is damaged."""
 
@@ -48,15 +52,16 @@ def zip_members(file: IO[bytes]) -> Iterator[Member]:
         raise Damage(_reason(error), 0) from None
     for info in archive.infolist():
         if not info.is_dir():
-            yield Member(_normal(info.filename), info.file_size, _reader(partial(archive.open, info)))
+            content = _Content(partial(archive.open, info))
+            yield Member(_normal(info.filename), info.file_size, io.BufferedReader(content, BLOCK))
 
 
 def tar_members(stream: io.BufferedReader) -> Iterator[Member | Gap]:
     """Yield the files in a tar archive. Behind a damaged header the next valid one is searched for.
 
-    Raises Damage where the stream ends too early.
+    Raises Damage where the stream ends too early; EndsInMember if that is in a member whose content raised Damage.
     """
-    archive, found = None, False
+    archive, found, content = None, False, None
     try:
         readable: Any = _Available(stream)
         archive = _Tar.open(fileobj=readable, mode="r|", bufsize=BLOCK, tarinfo=_Header, ignore_zeros=True)
@@ -64,13 +69,19 @@ def tar_members(stream: io.BufferedReader) -> Iterator[Member | Gap]:
             if archive.invalid:
                 yield Gap(archive.invalid * tarfile.BLOCKSIZE)
                 archive.invalid = 0
+            content = None
             archive.members.clear()  # else it remembers all of them
             found = True
             if info.isreg():
-                yield Member(_normal(info.name), info.size, _reader(partial(archive.extractfile, info)))
+                content = _Content(partial(archive.extractfile, info))
+                yield Member(_normal(info.name), info.size, io.BufferedReader(content, BLOCK))
         if archive.invalid:
             yield Gap(archive.invalid * tarfile.BLOCKSIZE)
-    except (tarfile.TarError, EOFError) as error:
+    except (Damage, tarfile.TarError, EOFError) as error:
+        if content and content.is_damaged:
+            raise EndsInMember(_reason(error), 0) from None
+        if isinstance(error, Damage):
+            raise
         if not found and isinstance(error, tarfile.StreamError):  # it goes back, since no header is at the beginning
             raise Damage("no member of a tar archive is in it", 0) from None
         raise Damage(_reason(error), archive.offset if archive else 0) from None
@@ -121,6 +132,11 @@ class _Content(io.RawIOBase):
         self._position = 0
         self._damage: Damage | None = None
 
+    @property
+    def is_damaged(self) -> bool:
+        """Whether reading came to a damaged place."""
+        return self._damage is not None
+
     def readable(self) -> bool:
         return True
 
@@ -141,10 +157,6 @@ class _Content(io.RawIOBase):
                 raise self._damage from None
         self._position += done
         return done
-
-
-def _reader(open_member: Callable[[], Any]) -> io.BufferedReader:
-    return io.BufferedReader(_Content(open_member), BLOCK)
 
 
 def _normal(name: str) -> str:

@@ -62,7 +62,7 @@ class Source(ManifestRecord):
 
     name: str
     size: int  # in bytes
-    digest: str  # SHA-256 of the file; if it was cut, SHA-256 of the SHA-256s of its spans
+    digest: str  # SHA-256 of the file, or of the part that a limit asks for; if it was cut, that of those of its spans
 
 
 class Shard(ManifestRecord):

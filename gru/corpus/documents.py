@@ -8,13 +8,15 @@ import hashlib
 import io
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 from gru.config import CorpusConfig
-from gru.corpus.archives import Gap, Member, seekable_copy, tar_members, zip_members
+from gru.corpus.archives import EndsInMember, Gap, Member, seekable_copy, tar_members, zip_members
 from gru.corpus.boundaries import document_bounds
 from gru.corpus.csv_records import read_csv
 from gru.corpus.encodings import HEAD_BYTES, UTF8, TranscodedFile, detect_encoding, is_transcoded, unmarked_encoding
@@ -55,6 +57,25 @@ def documents(span: Span, corpus: CorpusConfig, report: Report) -> Iterator[str]
     Raises UserError naming the file, and the place in it, if it cannot be read, if it is bad and `on_bad` is "fail",
     or if it has changed since it was listed.
     """
+    if span.documents is None:
+        yield from _all_documents(span, corpus, report)
+        return
+    first, end, _ = span.documents
+    own = Report(left_out=report.left_out if not first else None)
+    with closing(_all_documents(span, corpus, own)) as texts:
+        for _ in islice(texts, first):
+            pass
+        if first:  # another span has what comes before
+            own.clear()
+            own.left_out = report.left_out
+        yield from islice(texts, None if end is None else end - first)
+    with unreadable_is_user_error(span.file.path), span.file.open() as file:
+        _require_unchanged(span, file)
+    report.add(own)
+
+
+def _all_documents(span: Span, corpus: CorpusConfig, report: Report) -> Generator[str, None, None]:
+    """Yield the text of each document of a span."""
     most = corpus.max_characters or sys.maxsize
     filters = DocumentFilter(corpus.filter)
     with unreadable_is_user_error(span.file.path):
@@ -78,7 +99,11 @@ def _texts(span: Span, corpus: CorpusConfig, report: Report) -> Iterator[str]:
             yield from _archive_texts(file, problems, report)
         elif not span.file.divisible:
             raw = HashingFile(file)
-            yield from _stream_texts(_buffered(raw), problems)
+            try:
+                yield from _stream_texts(_buffered(raw), problems)
+            except GeneratorExit:  # no more documents are needed
+                report.digests.append(raw.digest())
+                raise
             report.digests.append(raw.digest_of_all())
         elif span.file.kind == "parquet":
             report.digests.append(_span_digest(file, span))
@@ -92,8 +117,12 @@ def _texts(span: Span, corpus: CorpusConfig, report: Report) -> Iterator[str]:
             data = file.read(end - start)
             report.digests.append(hashlib.sha256(data).hexdigest())
             yield from _parsed(io.BytesIO(data), start, file, problems)
-        if span.file.changed(file):
-            raise UserError(f"{span.file.path}: changed while it was read; run the same command again")
+        _require_unchanged(span, file)
+
+
+def _require_unchanged(span: Span, file: IO[bytes]) -> None:
+    if span.file.changed(file):
+        raise UserError(f"{span.file.path}: changed while it was read; run the same command again")
 
 
 def _transcoded_texts(file: IO[bytes], problems: ProblemLog, report: Report) -> Iterator[str]:
@@ -229,9 +258,14 @@ def _archive_texts(file: IO[bytes], problems: ProblemLog, report: Report) -> Ite
         else:
             with seekable_copy(stream) as copy:
                 yield from _member_texts(zip_members(copy), problems, report)
+    except GeneratorExit:  # no more documents are needed
+        report.digests.append(_span_digest(file, replace(problems.span, end=file.tell())) if in_place else raw.digest())
+        raise
     except Damage as error:
-        size = max(0, source.size - error.position)
-        problems.drop("unreadable", f"is an archive that cannot be read to its end: {error}", size)
+        message = f"is an archive that cannot be read to its end: {error}"
+        counted = isinstance(error, EndsInMember)  # as the rest of that member
+        size = 0 if counted else max(0, source.size - error.position)
+        problems.drop("unreadable", message, size, count=0 if counted else 1)
     if in_place:
         file.seek(0)
     report.digests.append(raw.digest_of_all())

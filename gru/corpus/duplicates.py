@@ -27,8 +27,6 @@ class Fingerprints(NamedTuple):
     """uint64 [documents]: equal for equal documents."""
     signatures: Array
     """uint32 [documents, permutations]: MinHash (Broder 1997); [documents, 0] without near deduplication."""
-    ordinals: Array
-    """int64 [documents]: position among all documents that were read from the partition, with equal ones."""
     characters: Array
     """int64 [documents]: length of each document."""
 

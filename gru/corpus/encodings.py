@@ -8,7 +8,7 @@ import io
 import re
 from typing import Any
 
-from gru.config import SourceOptions
+from gru.config_corpus import SourceOptions
 from gru.corpus.unpacking import BLOCK, Damage, error_reason
 from gru.errors import UserError
 

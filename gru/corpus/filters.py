@@ -6,7 +6,7 @@ This module does not know where a text comes from, or what becomes of one that i
 import re
 from collections.abc import Callable
 
-from gru.config import FilterConfig
+from gru.config_corpus import FilterConfig
 from gru.corpus.gopher import quality_problem, repetition_problem
 from gru.corpus.languages import check_languages, language_problem
 from gru.corpus.masking import mask_emails, mask_ips

@@ -17,6 +17,7 @@ from gru.corpus.unpacking import BLOCK
 
 _BETWEEN = re.compile(rb"[\s,]*+")
 _GAP = re.compile(rb'\s*+,\s*+[{"]')
+_NEXT = re.compile(rb'\s*+(?:\]|,\s*+["\[\]{}\w-])')  # the end of the array, or another element
 _BLANK = re.compile(rb"\s*+(\S)")
 _KEY = re.compile(rb"\{|%b\s*+:" % STRING.pattern, re.DOTALL)
 _SCALAR = re.compile(rb'[^\s,"\[\]{}]++(?=[\s,"\[\]{}])')
@@ -174,8 +175,8 @@ class ElementReader:
         """Return the element at `window.at`, and move behind it."""
         window = self._window
         self._number += self._inside
-        if first == b"[" and self._key and self._pattern(rb"\[\s*+(\{)").match(window.data, window.at):
-            return self._damaged(_DAMAGED, window.at + 1)  # a stray bracket; a list is no record
+        if first == b"[" and self._is_stray_bracket():
+            return self._damaged(_DAMAGED, window.at + 1)
         may_begin = self._inside or first == b"{" or first == self._first or not self._first
         end = self._find_end() if may_begin else -window.at - 1
         if end <= 0:
@@ -187,8 +188,8 @@ class ElementReader:
         if isinstance(value, Flawed) and value.value is None:
             self._doubts = _PATIENCE
             swallowed = self._swallowed(end)
-            among_strings = self._first == b'"' and first in b"{["
-            if swallowed or among_strings or following not in (b",", b"]"):
+            in_a_string = self._first == b'"' and first in b"{[" and not _NEXT.match(window.data, end)
+            if swallowed or in_a_string or following not in (b",", b"]"):
                 return self._damaged(value, swallowed, reach=end)
         elif first == b"[" and self._inside and not following:
             return self._damaged(_DAMAGED, at + 1)  # a stray bracket, which took the end of the array as its own
@@ -198,6 +199,19 @@ class ElementReader:
             self._learn(first, end)
         self._failures, window.at = 0, end
         return self._number if self._inside else 0, window.start + at, size, value
+
+    def _is_stray_bracket(self) -> bool:
+        """Whether the bracket at `window.at` stands before an object by mistake, and does not begin a list of objects.
+
+        What it begins is no list if it is damaged, longer than a block, or ends with the file.
+        """
+        window = self._window
+        if not self._key or not self._pattern(rb"\[\s*+(\{)").match(window.data, window.at):
+            return False
+        while (end := _end(window.data, window.at)) >= 0 and not (end and _NEXT.match(window.data, end)):
+            if len(window.data) - window.at > BLOCK or not window.more():
+                return True
+        return end < 0 or isinstance(parse(window.data[window.at : end]), Flawed)
 
     def _byte_behind(self, size: int) -> bytes:
         """Return the first byte behind the `size` bytes at `window.at` that is not white space; empty if none is."""

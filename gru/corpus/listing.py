@@ -18,7 +18,8 @@ from urllib.parse import unquote
 import fsspec
 import pathspec
 
-from gru.config import BUILT_IN_SOURCES, CorpusConfig, Format, SourceOptions
+from gru.config import CorpusConfig
+from gru.config_corpus import BUILT_IN_SOURCES, Format, SourceOptions
 from gru.corpus import local_files
 from gru.corpus.encodings import check_encoding
 from gru.corpus.file_formats import EXTENSIONS, Kind, extension, file_format

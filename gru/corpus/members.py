@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pathspec import GitIgnoreSpec
 
-from gru.config import SourceOptions
+from gru.config_corpus import SourceOptions
 from gru.corpus.archives import Member
 from gru.corpus.file_formats import file_format
 from gru.corpus.listing import SourceFile, hive_columns

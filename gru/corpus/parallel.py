@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from gru import cluster, storage
-from gru.config import PrepareResources
+from gru.config_stages import PrepareResources
 from gru.errors import GaveUp, UserError
 
 _DEFAULT_RESOURCES = PrepareResources()

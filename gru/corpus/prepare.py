@@ -12,7 +12,8 @@ from dataclasses import replace
 from functools import partial
 
 from gru import storage
-from gru.config import CorpusConfig, PrepareResources, TokenizerConfig, content_key
+from gru.config import CorpusConfig, TokenizerConfig, content_key
+from gru.config_stages import PrepareResources
 from gru.corpus import leftovers, shards
 from gru.corpus import tokenizer as tokenizers
 from gru.corpus.dataset import (
@@ -28,6 +29,7 @@ from gru.corpus.dataset import (
 )
 from gru.corpus.documents import documents
 from gru.corpus.duplicates import Array
+from gru.corpus.limits import find_used
 from gru.corpus.listing import SourceFile, list_files
 from gru.corpus.parallel import TaskRunner
 from gru.corpus.partitions import Partition, describe_plan, plan
@@ -39,9 +41,11 @@ from gru.corpus.template import parse_template
 from gru.corpus.tokenizer import Tokenizer
 from gru.corpus.tokenizer_sample import sample
 from gru.errors import GaveUp, UserError, find_user_error
+from gru.terminal import counted
 
 ReportProgress = Callable[[str], None]
 
+_WORK_VERSION = 2  # of the work files: those of another version are made again
 _EXAMPLES = 20  # most examples of each kind of problem in a manifest
 _DEFAULT_RESOURCES = PrepareResources()
 
@@ -101,12 +105,12 @@ def _build(
     files, passed_over = list_files(corpus, store)
     key = dataset_key(corpus, config, files)
     leftovers.record_inputs(directory, key, corpus, config)
-    partitions = plan(files, corpus, runner.map)
+    partitions = plan(files, corpus, runner.map, find_used(files, corpus, runner.map))
     progress(describe_plan(partitions))
     tokenizer = _make_tokenizer(corpus, config, partitions, directory, key, progress, runner)
     dropped = corpus.dropped and storage.join(corpus.dropped, key)
     context = ShardContext(directory, corpus, tokenizer.digest, dropped=dropped)
-    key = content_key(key, tokenizer.digest)
+    key = content_key(key, tokenizer.digest, _WORK_VERSION)
     drafts = _write_drafts(context, key, partitions, progress, runner)
     selection = select(context, drafts, partitions, progress)
     results = _write_shards(context, key, drafts, selection, progress, runner)
@@ -128,7 +132,8 @@ def recorded_sources(corpus: CorpusConfig, directory: str) -> list[Source]:
     Raises UserError as `documents` does.
     """
     spans: list[SpanSource] = []
-    for partition in plan(list_files(corpus, storage_of(directory)).files, corpus):
+    files = list_files(corpus, storage_of(directory)).files
+    for partition in plan(files, corpus, used=find_used(files, corpus)):
         for span in partition:
             report = Report()
             deque(documents(span, corpus, report), maxlen=0)
@@ -171,14 +176,15 @@ def _manifest(
     dropped_bytes = sum((Counter(part.dropped_bytes) for part in parts), Counter[str]())
     if heldout.documents and not train.documents:
         raise UserError(
-            f"corpus.heldout_share = {corpus.heldout_share}: all {heldout.documents:,} documents are held out; lower it"
+            f"corpus.heldout_share = {corpus.heldout_share}: of {counted(heldout.documents, 'document')}, all is "
+            "held out; lower it"
         )
     if not train.documents:
         raise no_documents(corpus.source_options(), dropped, examples, passed_over)
     if not heldout.documents:
         raise UserError(
-            f"corpus.heldout_share = {corpus.heldout_share}: none of the {train.documents:,} documents is held out, "
-            "and no text is left for it; add text"
+            f"corpus.heldout_share = {corpus.heldout_share}: of {counted(train.documents, 'document')}, none is held "
+            "out, and no text is left for it; add text"
         )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -258,7 +264,7 @@ def _write_drafts(
                 new += part.counts
                 done = earlier + new
                 progress(
-                    f"{len(parts)}/{len(partitions)} partitions, {done.documents:,} documents, "
+                    f"{len(parts)}/{counted(len(partitions), 'partition')}, {counted(done.documents, 'document')}, "
                     f"{done.bytes / 1e6:,.1f} MB, {new.bytes / 1e6 / (time.monotonic() - started):,.1f} MB/s"
                 )
     except (UserError, GaveUp):
@@ -294,7 +300,7 @@ def _write_shards(
     with closing(runner.run(partial(_rewrite_task, context=context, key=key), pending)) as finished:
         for (index, *_), part in finished:
             parts[index] = part
-            progress(f"{len(parts)}/{len(selection.changed)} partitions rewritten")
+            progress(f"{len(parts)}/{counted(len(selection.changed), 'partition')} rewritten")
     for index, part in enumerate(drafts):
         for shard in part.shards if index not in selection.changed else ():
             storage.move(context.work_file(shard.name), storage.join(context.directory, shard.name))

@@ -4,6 +4,7 @@ It takes seconds for a corpus of any size, and no Ray. This module does not know
 """
 
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -13,7 +14,8 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gru.config import CorpusConfig, Normalization, SourceOptions, TokenizerConfig
+from gru.config import CorpusConfig, TokenizerConfig
+from gru.config_corpus import Normalization, SourceOptions
 from gru.corpus import tokenizer as tokenizers
 from gru.corpus.documents import text_digest
 from gru.corpus.excerpts import PIECE_BYTES, Excerpt, Excerpts, Group, group_of
@@ -25,10 +27,14 @@ from gru.corpus.tokenizer import Tokenizer
 _SAMPLE_BYTES = 8 << 20  # of text, of all sources
 _LEAST_SAMPLE_BYTES = 1 << 19  # of text, of each source
 _SECONDS = 3.0  # for reading the sample
-_TOKENIZER_BYTES = 2 << 20  # of text that the tokenizer is trained on, and of other text that it is tried on
+_TOKENIZER_BYTES = 1 << 20  # of text that the tokenizer is trained on, and of other text that it is tried on
+_PIECE_CHARACTERS = 1 << 14  # of text that is encoded at once
+_WORD_CHARACTERS = 128  # of the longest word in a piece, since the time of training grows with the square of a word
 _SHOWN_DOCUMENTS = 5  # of all sources
 _SHOWN_CHARACTERS = 2000  # of each
 _TRAINING_GROWTH = 0.8  # exponent of the text's size in the time of training, as measured from 2 MB to 30 MB
+_TRIAL_FACTOR = 5.0  # time of training the trial tokenizer over that of training the other, for 2 MB of Python
+_LONG_WORD = re.compile(rf"\S{{{_WORD_CHARACTERS + 1}}}")
 _WRITING = 1.25  # time of reading, hashing and writing over that of reading: an estimate
 
 
@@ -223,10 +229,11 @@ class _Sample:
             for file in files:
                 if not file.divisible and size:
                     self.longest = max(self.longest, estimate.seconds * file.size / size)
-        seconds = total.seconds  # of reading, also what is repeated or beyond the limit
+        if self.options.limit and total.documents > self.options.limit:  # equal ones count
+            share = self.options.limit / total.documents
+            total, self.longest = total.scaled(share), self.longest * share
+        seconds = total.seconds  # of reading, also what is repeated
         total = total.scaled(self.documents / (self.documents + self.duplicates) if self.documents else 1.0)
-        if self.options.limit and total.documents > self.options.limit:
-            total = total.scaled(self.options.limit / total.documents)
         return replace(total, seconds=seconds)
 
 
@@ -292,10 +299,14 @@ def _measure_tokens(
         tokenizer = tokenizers.load(config.path, normalization)
     else:
         parts = [piece for pool in pools for piece in pool[: len(pool) // 2 or 1]]
-        tokenizer = tokenizers.train_tokenizer(config, parts)
+        if config.kind == "bpe":
+            tokenizer, factor = tokenizers.train_trial_tokenizer(config.vocab_size, parts), _TRIAL_FACTOR
+        else:
+            tokenizer, factor = tokenizers.train_tokenizer(config, parts), 1.0
         trained = sum(len(part.encode()) for part in parts)
         size = min(config.sample_bytes, sum(preview.expected.bytes for preview in previews))
-        training = (time.monotonic() - started) * max(1.0, size / trained) ** _TRAINING_GROWTH
+        growth = max(1.0, size / trained) ** _TRAINING_GROWTH
+        training = (time.monotonic() - started) * growth / factor
     for pool, preview in zip(pools, previews, strict=True):
         if pool:
             _add_tokens(preview.expected, tokenizer, pool[len(pool) // 2 :])
@@ -314,13 +325,14 @@ def _add_tokens(expected: Estimate, tokenizer: Tokenizer, texts: list[str]) -> N
 
 
 def _pieces(texts: Iterable[str], most_bytes: int) -> list[str]:
-    """Return text of at most so many bytes, cut into pieces, so that a half of them is about half of the text."""
+    """Return text of about so many bytes, cut into pieces, so that a half of them is about half of the text."""
     pieces: list[str] = []
     left = most_bytes
     for text in texts:
-        for start in range(0, len(text), 1 << 14):
-            piece = text[start : start + (1 << 14)]
-            pieces.append(piece)
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            piece = text[start : start + _PIECE_CHARACTERS]
+            size = _WORD_CHARACTERS if _LONG_WORD.search(piece) else _PIECE_CHARACTERS
+            pieces += [piece[start : start + size] for start in range(0, len(piece), size)]
             left -= len(piece.encode())
             if left <= 0:
                 return pieces

@@ -31,6 +31,22 @@ class Report:
     left_out: Callable[[dict[str, str | int]], None] | None = None
     """Called with each document that is left out: its `reason`, and its `text`, or the `message` if it has none."""
 
+    def clear(self) -> None:
+        """Forget what was counted so far, but not the digests."""
+        for counts in (self.dropped, self.dropped_bytes, self.examples, self.passed_over):
+            counts.clear()
+        self.replaced = 0
+
+    def add(self, other: "Report") -> None:
+        """Add what another report has counted."""
+        self.dropped.update(other.dropped)
+        self.dropped_bytes.update(other.dropped_bytes)
+        self.passed_over.update(other.passed_over)
+        self.replaced += other.replaced
+        self.digests += other.digests
+        for reason, found in other.examples.items():
+            self.examples[reason] = [*self.examples.get(reason, []), *found][:_EXAMPLES]
+
     def drop_document(self, reason: str, text: str) -> None:
         """Count a document that is left out by a rule, such as a filter, and hand on its text."""
         self.dropped[reason] += 1

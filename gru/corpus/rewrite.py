@@ -17,7 +17,6 @@ from gru.corpus.dropped import DroppedWriter
 from gru.corpus.duplicates import Array
 from gru.corpus.shard_writer import EncodedDocuments, ShardWriter
 from gru.corpus.shards import (
-    OVER_LIMIT,
     PartitionResult,
     ShardContext,
     append_end_of_text,
@@ -116,8 +115,8 @@ class _Rewriting:
             self.heldout_sum -= int.from_bytes(text_digest(document.text), "big")
         if self._hold_out and index == self._hold_out.document:
             self._held = document
-        elif (reason := self._reasons[index]) != OVER_LIMIT:
-            self.dropped.write(document.source, {"reason": reason, "text": document.text.decode()})
+        else:
+            self.dropped.write(document.source, {"reason": self._reasons[index], "text": document.text.decode()})
 
     def _split_held(self) -> _Document | None:
         """Return the beginning of the document of which only the end is held out, and keep the end, once."""

@@ -1,7 +1,7 @@
 """The selection among the drafts: which documents do not stay, and what is held out if no document's hash says so.
 
-A document does not stay if it is beyond its source's limit, or equal or similar to an earlier one. The result depends
-on the drafts only, in source order, so it is the same for any number of workers.
+A document does not stay if it is equal or similar to an earlier one. The result depends on the drafts only, in source
+order, so it is the same for any number of workers.
 """
 
 import math
@@ -16,7 +16,8 @@ from gru.corpus.dataset import HeldoutBy
 from gru.corpus.duplicates import Array
 from gru.corpus.partitions import Partition
 from gru.corpus.rewrite import HoldOut
-from gru.corpus.shards import OVER_LIMIT, PartitionResult, ShardContext, read_fingerprints
+from gru.corpus.shards import PartitionResult, ShardContext, read_fingerprints
+from gru.terminal import counted
 
 Masks = dict[int, Array]
 
@@ -56,30 +57,9 @@ def select(
 ) -> Selection:
     """Choose the documents to remove from the drafts, and what to hold out if no remaining document is held out."""
     selection = Selection(heldout_by=context.corpus.heldout)
-    _apply_limits(context, drafts, partitions, selection)
     _find_repeated(context, drafts, selection, progress)
     _hold_out(context, drafts, partitions, selection, progress)
     return selection
-
-
-def _apply_limits(
-    context: ShardContext, drafts: list[PartitionResult], partitions: list[Partition], selection: Selection
-) -> None:
-    """Remove the documents beyond the limit of their source, in source order; equal ones count."""
-    left = {options.index: options.limit for options in context.corpus.source_options() if options.limit}
-    masks: Masks = {}
-    for index, (draft, partition) in enumerate(zip(drafts, partitions, strict=True)):
-        source = partition[0].file.options.index
-        if source not in left:
-            continue
-        if draft.read > left[source]:
-            ordinals = read_fingerprints(context, index).ordinals
-            masks[index] = ordinals >= left[source]
-            # Equal documents of the partition beyond the limit were counted as such in the draft.
-            equal = draft.read - left[source] - int(masks[index].sum())
-            selection.dropped.update({OVER_LIMIT: equal, "duplicate": -equal})
-        left[source] -= min(draft.read, left[source])
-    selection.remove(OVER_LIMIT, masks)
 
 
 def _find_repeated(
@@ -89,7 +69,7 @@ def _find_repeated(
     if context.corpus.deduplicate == "none":
         return
     counts = [part.documents for part in drafts]
-    progress(f"looking for duplicates among {sum(counts):,} documents")
+    progress(f"looking for duplicates among {counted(sum(counts), 'document')}")
     selection.remove(
         "duplicate",
         duplicates.find_equal(counts, lambda index: read_fingerprints(context, index).hashes, selection.masks()),

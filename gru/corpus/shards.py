@@ -5,7 +5,6 @@ retry. This module does not know other partitions, or who processes them.
 """
 
 import io
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from gru.corpus.shard_writer import EncodedDocuments, ShardWriter, token_type
 from gru.corpus.tokenizer import Tokenizer
 
 WORK_DIRECTORY = "parts"  # below a dataset's directory, until the dataset is finished
-OVER_LIMIT = "over_limit"  # the reason to leave out a document beyond the limit of its source
 
 _BATCH_CHARACTERS = 1 << 20  # characters of text that are encoded together
 _CHECK_EVERY = 64  # of so many documents, one is decoded again and compared
@@ -50,8 +48,7 @@ class PartitionResult(ManifestRecord):
 
     shards: list[Shard]
     sources: list[SpanSource]
-    read: int  # documents up to the source's limit, with those that equal an earlier one of the partition
-    documents: int  # of these, without equal ones
+    documents: int  # without those that equal an earlier one of the partition
     dropped: dict[str, int]
     replaced: int
     dropped_bytes: dict[str, int]
@@ -108,11 +105,10 @@ def draft(context: ShardContext, index: int, partition: Partition) -> PartitionR
     }
     sizes = {split: np.zeros(2, dtype=np.int64) for split in SPLITS}  # bytes and characters
     report, dropped = Report(), DroppedWriter(context.dropped_file(f"{index:05d}.jsonl"))
-    reading = _PartitionReader(partition, corpus, report, dropped)
     fingerprints: list[Fingerprints] = []
     heldout_sum = seen = 0
     try:
-        read_ahead = _ahead(reading.batches(), _thread("reading"))
+        read_ahead = _ahead(_text_batches(partition, corpus, report, dropped), _thread("reading"))
         for texts, batch in _ahead(_encoded(read_ahead, tokenizer, context.parallel), _thread("encoding")):
             mask = texts.heldout(corpus)
             heldout_sum += sum(int.from_bytes(texts.digests[i], "big") for i in np.flatnonzero(mask))
@@ -123,8 +119,7 @@ def draft(context: ShardContext, index: int, partition: Partition) -> PartitionR
                 writers[split].add(batch.select(chosen))
             signatures = [signature(text) for text in texts.texts] if corpus.deduplicate == "near" else []
             stacked = np.stack(signatures) if signatures else np.zeros((len(mask), 0), dtype=np.uint32)
-            ordinals = np.array(texts.ordinals, dtype=np.int64)
-            fingerprints.append(Fingerprints(mask, batch.hashes, stacked, ordinals, lengths[1]))
+            fingerprints.append(Fingerprints(mask, batch.hashes, stacked, lengths[1]))
         shards = [shard for split, writer in writers.items() if (shard := writer.close(split, *sizes[split].tolist()))]
         dropped.close()
     finally:
@@ -138,7 +133,6 @@ def draft(context: ShardContext, index: int, partition: Partition) -> PartitionR
     return PartitionResult(
         shards=shards,
         sources=[SpanSource(span.file.path, span.file.name, span.file.size, digest) for span, digest in files],
-        read=reading.count,
         documents=seen,
         dropped=dict(report.dropped),
         replaced=report.replaced,
@@ -150,7 +144,7 @@ def draft(context: ShardContext, index: int, partition: Partition) -> PartitionR
 
 
 def _encoded(
-    batches: "Iterator[_TextBatch]", tokenizer: Tokenizer, parallel: bool
+    batches: Iterator["_TextBatch"], tokenizer: Tokenizer, parallel: bool
 ) -> "Iterator[tuple[_TextBatch, EncodedDocuments]]":
     """Yield each batch of a partition with its documents encoded."""
     before = 0
@@ -171,14 +165,12 @@ class _TextBatch(NamedTuple):
     texts: list[str]
     encoded: list[bytes]
     digests: list[bytes]
-    ordinals: list[int]
 
-    def add(self, span: Span, text: str, data: bytes, digest: bytes, ordinal: int) -> None:
+    def add(self, span: Span, text: str, data: bytes, digest: bytes) -> None:
         self.spans.append(span)
         self.texts.append(text)
         self.encoded.append(data)
         self.digests.append(digest)
-        self.ordinals.append(ordinal)
 
     @property
     def sources(self) -> list[str]:
@@ -195,40 +187,29 @@ class _TextBatch(NamedTuple):
         return np.array([bool(span.heldout) for span in self.spans])
 
 
-class _PartitionReader:
-    """The reader of a partition's documents, in batches, without those that equal an earlier one of the partition."""
-
-    def __init__(self, partition: Partition, corpus: CorpusConfig, report: Report, dropped: DroppedWriter) -> None:
-        self._partition, self._corpus, self._report, self._dropped = partition, corpus, report, dropped
-        self.count = 0
-        """Number of documents so far up to the source's limit, with equal ones."""
-
-    def batches(self) -> Iterator[_TextBatch]:
-        """Yield the batches. The limit of the source applies to each partition, since others come first if at all."""
-        batch, characters = _TextBatch([], [], [], [], []), 0
-        seen: set[bytes] = set()
-        for span in self._partition:
-            self._dropped.follow(self._report, span.file.name)
-            limit = span.file.options.limit or sys.maxsize
-            for text in documents(span, self._corpus, self._report):
-                if self.count >= limit:
-                    self._report.dropped[OVER_LIMIT] += 1
+def _text_batches(
+    partition: Partition, corpus: CorpusConfig, report: Report, dropped: DroppedWriter
+) -> Iterator[_TextBatch]:
+    """Yield a partition's documents, in batches, without those that equal an earlier one of the partition."""
+    batch, characters = _TextBatch([], [], [], []), 0
+    seen: set[bytes] = set()
+    for span in partition:
+        dropped.follow(report, span.file.name)
+        for text in documents(span, corpus, report):
+            data = text.encode()
+            digest = text_digest(data)
+            if corpus.deduplicate != "none":
+                if (prefix := digest[:8]) in seen:
+                    report.drop_document("duplicate", text)
                     continue
-                self.count += 1
-                data = text.encode()
-                digest = text_digest(data)
-                if self._corpus.deduplicate != "none":
-                    if (prefix := digest[:8]) in seen:
-                        self._report.drop_document("duplicate", text)
-                        continue
-                    seen.add(prefix)
-                batch.add(span, text, data, digest, self.count - 1)
-                characters += len(text)
-                if characters >= _BATCH_CHARACTERS:
-                    yield batch
-                    batch, characters = _TextBatch([], [], [], [], []), 0
-        if batch.texts:
-            yield batch
+                seen.add(prefix)
+            batch.add(span, text, data, digest)
+            characters += len(text)
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = _TextBatch([], [], [], []), 0
+    if batch.texts:
+        yield batch
 
 
 def _ahead(items: Iterator[_Item], thread: ThreadPoolExecutor) -> Iterator[_Item]:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from gru import storage
-from gru.config import Normalization, TokenizerConfig
+from gru.config import TokenizerConfig
+from gru.config_corpus import Normalization
 from gru.corpus.token_encoders import Encoder, Ends, Ids, choose_encoder, words_of
 from gru.corpus.tokenizer_files import (
     END_OF_TEXT,
@@ -166,6 +167,23 @@ def _train_bpe(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         merges.setdefault((_spelled(left), _spelled(right)))
         vocab.setdefault(_spelled(left + right), len(vocab))
     return _build_byte_level(vocab, list(merges))
+
+
+def train_trial_tokenizer(vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+    """Train byte-level BPE for an estimate, in a time that depends on the size of the texts and on little else.
+
+    The trainer of `train_tokenizer` is faster, but takes minutes where few pairs repeat, as in random letters. Both
+    need short words: of a word of n bytes, each merge reads all n.
+    """
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(texts, trainer)
+    return _build(library.model, library.pre_tokenizer, decoders.ByteLevel())
 
 
 def _spelled(piece: bytes) -> str:

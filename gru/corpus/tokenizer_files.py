@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gru.config import Normalization
+from gru.config_corpus import Normalization
 from gru.corpus.tokenizer_probes import first_difference, normalized_probes
 from gru.errors import UserError, first_line
 

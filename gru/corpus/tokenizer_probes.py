@@ -7,7 +7,7 @@ import string
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 
-from gru.config import Normalization
+from gru.config_corpus import Normalization
 
 PROBES: Mapping[str, str] = {
     "code": "def f(x):\n\tif x >= 10:\r\n        return  {x[0]: 'it\\'s'}, \"they'll\" # <= `y` ~ $1 @ 2%\n\n\n",

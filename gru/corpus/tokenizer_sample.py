@@ -53,7 +53,9 @@ class _Piece(NamedTuple):
 def _pieces(span: Span, size: int) -> Iterator[_Piece]:
     """Yield the pieces of a span, each of which has text: about `size` bytes where the file can be read anywhere."""
     file = span.file
-    if not file.divisible:
+    if span.documents:
+        yield _Piece(span, span.documents.bytes)
+    elif not file.divisible:
         yield _Piece(span, span.size * EXPANSION)
     elif file.kind == "parquet":
         if span.whole:

@@ -78,6 +78,10 @@ class HashingFile(io.RawIOBase):
         self._file = file
         self._sha256 = hashlib.sha256()
 
+    def digest(self) -> str:
+        """Return the SHA-256 of what was read so far."""
+        return self._sha256.hexdigest()
+
     def digest_of_all(self) -> str:
         """Read the rest of the file and return the SHA-256 of all of it, even if a reader has closed this object."""
         while data := self._file.read(BLOCK):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gru.config import Cell
+from gru.config_stages import Cell
 from gru.model.gru_layer import GRU
 
 FORGET_GATE_BIAS = 1.0

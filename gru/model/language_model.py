@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gru.config import Cell, ModelConfig
+from gru.config import ModelConfig
+from gru.config_stages import Cell
 from gru.model.cells import CELLS
 from gru.model.dropout import dropout_mask
 from gru.model.loss import cross_entropy

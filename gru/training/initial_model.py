@@ -16,14 +16,14 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from gru import storage
-from gru.config import ModelConfig, Normalization, TokenizerConfig, is_model_reference
+from gru.config import ModelConfig, TokenizerConfig, is_model_reference
+from gru.config_corpus import Normalization
 from gru.corpus import tokenizer as tokenizers
 from gru.corpus.tokenizer import Tokenizer
-from gru.digests import DIGESTS, DamagedFiles, read_verified
+from gru.digests import DIGESTS, DamagedFiles, digest_of, read_verified
 from gru.errors import UserError, first_line
 from gru.model.language_model import with_current_names
 from gru.registry import versions
-from gru.registry.bundle import digest_of
 from gru.registry.lineage import Lineage
 from gru.training import checkpoint as checkpoints
 
@@ -141,6 +141,14 @@ def _read(path: str) -> Mapping[str, bytes]:
         raise UserError(f"{tokenizer.name} is not the tokenizer of this checkpoint")
     config = {"model": identity["model"], "vocab_size": tokenizer.vocab_size}
     return {WEIGHTS: files["ema.safetensors"], MODEL: json.dumps(config, indent=1).encode(), TOKENIZER: tokenizer.json}
+
+
+def digest_at(path: str) -> str:
+    """Return the digest of the bundle or checkpoint at a path, as an `InitialModel` has it.
+
+    Raises UserError if there is none, and DamagedFiles.
+    """
+    return digest_of(_read(path))
 
 
 def _stored(name: str, files: Mapping[str, bytes], store: str) -> InitialModel:

@@ -14,7 +14,8 @@ from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.util import remove_placement_group
 
 from gru import cluster, ray_internals, storage
-from gru.config import ModelConfig, TrainConfig, TrainResources
+from gru.config import ModelConfig, TrainConfig
+from gru.config_stages import TrainResources
 from gru.corpus.batches import LaneOrder
 from gru.corpus.dataset import Dataset
 from gru.errors import GaveUp, Stopped, UserError, find_user_error, first_line

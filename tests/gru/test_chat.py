@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from gru.chat import chat_messages, is_chat, join_parts, message_end, message_start, render_messages
-from gru.config import CHAT_TEMPLATE
+from gru.config_fields import CHAT_TEMPLATE
 
 
 def test_messages_follow_each_other_and_the_next_one_can_begin() -> None:

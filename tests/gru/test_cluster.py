@@ -2,7 +2,7 @@ import pytest
 import ray
 
 from gru import cluster
-from gru.config import Resources, TrainResources
+from gru.config_stages import Resources, TrainResources
 
 pytestmark = pytest.mark.usefixtures("ray_local")  # one node of four CPUs
 

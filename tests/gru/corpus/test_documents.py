@@ -186,6 +186,40 @@ def test_a_web_page_without_text_is_empty(tmp_path: Path) -> None:
         assert not found and report.dropped.total() == 1 and set(report.dropped) <= {"empty", "unreadable"}
 
 
+@pytest.mark.parametrize(
+    ("encoding", "head", "bad"),
+    [
+        ("utf-8", "", b"\xff"),
+        ("utf-8", "<meta charset=utf-8>", b"\xe9\xbb"),
+        ("utf-16", "", b"\x00\xd8"),
+        ("gb18030", "<meta charset=gbk>", b"\xff"),
+        ("windows-1252", "<meta charset=latin-1>", b"\x81"),
+    ],
+)
+def test_invalid_bytes_of_a_web_page_are_counted(tmp_path: Path, encoding: str, head: str, bad: bytes) -> None:
+    text = "na\xefve" if encoding == "windows-1252" else "黃河入海流"
+    before, after = (
+        PAGE.format(head=head, text=f"{text}|").encode(encoding).split(b"|" if encoding != "utf-16" else b"|\0")
+    )
+    page = before + bad + after
+    path = write(tmp_path / "a.html", page)
+    found, report = read(path)
+    assert (found, report.dropped, report.dropped_bytes) == ([], {"invalid_utf8": 1}, {"invalid_utf8": len(page)})
+    name = {"windows-1252": "CP1252", "utf-16": "UTF-16-LE"}.get(encoding, encoding.upper())
+    assert examples(report) == [f"a.html: not valid {name} at byte {len(before)}"]
+    [replaced], report = read(path, on_bad="replace")
+    assert f"{text}\ufffd" in replaced and (report.dropped, report.replaced) == ({}, 1)
+    with pytest.raises(UserError, match=rf"a\.html: not valid {name} at byte {len(before)}$"):
+        read(path, on_bad="fail")
+
+
+def test_a_web_page_in_another_encoding_than_it_declares_is_read(tmp_path: Path) -> None:
+    page = PAGE.format(head="<meta charset=gb2312>", text="naïve — so").encode()
+    assert "naïve — so" in texts(write(tmp_path / "a.html", page))[0]
+    undeclared = PAGE.format(head="", text="Весна приходит, и лёд на реке трещит. " * 9).encode("windows-1251")
+    assert "Весна" in texts(write(tmp_path / "b.html", undeclared))[0]
+
+
 def test_columns_of_the_path_are_fields_of_each_record(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b"], "year": [1, 2]}), tmp_path / "a.parquet")
     write(tmp_path / "b.jsonl", b'{"text": "c"}\n{"text": "d", "lang": "of the record"}\n')

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gru.config import FilterConfig, load
+from gru.config import load
+from gru.config_corpus import FilterConfig
 from gru.corpus import languages
 from gru.corpus.filters import DocumentFilter
 from gru.corpus.gopher import quality_problem, repetition_problem

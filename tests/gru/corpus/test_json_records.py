@@ -167,6 +167,39 @@ def test_what_a_json_file_may_hold(tmp_path: Path, data: str, expected: list[str
     assert texts(write(tmp_path / "a.json.gz", gzip.compress(data.encode()))) == expected
 
 
+ELEMENTS: dict[str, tuple[str | None, str]] = {
+    '{"text": "an object"}': ("an object", ""),
+    '{"text": "b", "more": [{"text": "no"}, "no"]}': ("b", ""),
+    '{"x": 1, "text": "other key"}': ("other key", ""),
+    '"a string"': ("a string", ""),
+    '"with }, { and ], [ in it"': ("with }, { and ], [ in it", ""),
+    '["a list"]': (None, "is not a JSON object or string, but a list"),
+    '[{"text": "in a list"}]': (None, "is not a JSON object or string, but a list"),
+    '[["x"], {"text": "y"}]': (None, "is not a JSON object or string, but a list"),
+    "12": (None, "is not a JSON object or string, but a number"),
+    "null": (None, "is not a JSON object or string, but null"),
+    '{"other": "x"}': (None, "has no field 'text' of the template"),
+    '{"text" "x"}': (None, "is not valid JSON"),
+    '["x",]': (None, "is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("between", [",", ", ", " ,\n "])
+def test_each_element_of_a_mixed_array_is_judged_alone(tmp_path: Path, between: str) -> None:
+    rng = random.Random(0)
+    for trial in range(300):
+        elements = rng.choices([*ELEMENTS], k=rng.randrange(1, 12))
+        found, report = read(write(tmp_path / "a.json", f"[{between.join(elements)}]".encode()))
+        assert found == [text for element in elements if (text := ELEMENTS[element][0]) is not None], elements
+        bad = [(number, element) for number, element in enumerate(elements, 1) if ELEMENTS[element][0] is None]
+        assert report.dropped.total() == len(bad), (trial, elements)
+        assert report.dropped_bytes.total() == sum(len(element) for _, element in bad), elements
+        shown = sorted(examples(report), key=lambda example: int(re.findall(r"item (\d+) ", example)[0]))
+        for (number, element), example in zip(bad[:5], shown, strict=False):
+            at = 1 + sum(len(before) + len(between) for before in elements[: number - 1])
+            assert f"item {number} of the array, at byte {at}, {ELEMENTS[element][1]}" in example
+
+
 def test_json_lines_under_the_name_json_may_begin_with_a_bad_line(tmp_path: Path) -> None:
     lines = ['{"text": "cut o', *map(json.dumps, GOOD)]
     found, report = read(write(tmp_path / "a.json", "\n".join(lines).encode()))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gru.config import CorpusConfig, PrepareResources, TokenizerConfig
+from gru.config import CorpusConfig, TokenizerConfig
+from gru.config_stages import PrepareResources
 from gru.corpus.dataset import Dataset
 from gru.corpus.documents import document_hash
 from gru.corpus.listing import list_files

@@ -9,7 +9,8 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 
-from gru.config import CorpusConfig, SourceConfig, TokenizerConfig
+from gru.config import CorpusConfig, TokenizerConfig
+from gru.config_corpus import SourceConfig
 from gru.corpus.dataset import Dataset
 from gru.corpus.prepare import prepare
 from gru.errors import UserError
@@ -76,17 +77,18 @@ def test_the_first_documents_of_a_source_stay_whatever_the_partitions(tmp_path: 
         corpus = CorpusConfig(
             source=[SourceConfig(path=paths, limit=90), SourceConfig(path=other)],
             heldout="tail",
-            heldout_share=0.01,
+            heldout_share=0.05,
             partition_bytes=size,
         )
         dataset = prepare(corpus, BYTES, str(tmp_path / f"{size}"), silent)
         assert by_source(dataset) == [first, [*second, "only here"]]
         repeated = 90 - len(first) + 50 - len(second)
-        assert dataset.manifest.dropped == {"over_limit": 110, "duplicate": repeated}
+        assert dataset.manifest.dropped == {"duplicate": repeated}
+        assert sum(source.name != "other.jsonl" for source in dataset.manifest.sources) == 2, "others are not read"
     everything = corpus.model_copy(update={"deduplicate": "none"})
     dataset = prepare(everything, BYTES, str(tmp_path / "none"), silent)
     assert by_source(dataset) == [texts[:90], [*texts[150:], "only here"]]
-    assert dataset.manifest.dropped == {"over_limit": 110}
+    assert dataset.manifest.dropped == {}
 
 
 def read_dropped(directory: str) -> list[dict[str, Any]]:

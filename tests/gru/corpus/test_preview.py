@@ -15,6 +15,7 @@ from gru.errors import UserError
 from tests.gru.corpus.reading import PACKERS, write, zstd
 
 BYTES = TokenizerConfig(kind="byte")
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WORDS = ["crow", "fox", "黃河", "said", "oak", "under", "入海流", "good", "day"]
 
 
@@ -195,6 +196,14 @@ def test_tokens_are_those_of_a_tokenizer_of_the_sample(kind: Any, texts: list[st
     found = preview(path, tokenizer=TokenizerConfig(kind=kind, vocab_size=400))
     assert found.bytes_per_token > 1.2
     assert found.seconds > 0
+
+
+@pytest.mark.parametrize("alphabet", ["0123456789abcdef", LETTERS], ids=["hexadecimal", "letters"])
+def test_random_text_without_spaces_has_tokens(alphabet: str, tmp_path: Path) -> None:
+    # With the trainer of `prepare` and this vocabulary, even a tenth of the text takes minutes.
+    text = "".join(random.Random(0).choices(alphabet, k=600_000))
+    found = preview(write(tmp_path / "a.txt", text.encode()), tokenizer=TokenizerConfig(vocab_size=30_000))
+    assert 1.5 < found.bytes_per_token < 5
 
 
 def test_repeated_documents_take_no_longer_than_others(tmp_path: Path) -> None:

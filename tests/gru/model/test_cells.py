@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gru.config import Cell, ModelConfig, TrainConfig
+from gru.config import ModelConfig, TrainConfig
+from gru.config_stages import Cell
 from gru.corpus.batches import LaneOrder, LaneReader
 from gru.generation.engine import Engine
 from gru.generation.generate import Collector
