@@ -14,7 +14,8 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from gru.config import CHAT_TEMPLATE, ServeConfig
+from gru.config import ServeConfig
+from gru.config_fields import CHAT_TEMPLATE
 from gru.corpus.tokenizer import Tokenizer
 from gru.generation.engine import Closed
 from gru.generation.request import Turn

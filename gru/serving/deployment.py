@@ -1,4 +1,7 @@
-"""The Ray Serve deployment: replicas that serve the registry's models over HTTP, and how to deploy them."""
+"""The Ray Serve deployment: replicas that serve the registry's models over HTTP, and how to deploy them.
+
+Replicas import PyTorch and what needs it when they start. The job that deploys them does not, and starts faster.
+"""
 
 import asyncio
 import json
@@ -10,27 +13,26 @@ import urllib.error
 import urllib.request
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlflow
 import ray
-import torch
-from fastapi import FastAPI
-from prometheus_client.core import Metric
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from gru import native, ray_internals
-from gru.config import ServeConfig, ServeResources, content_key
+from gru.config import ServeConfig, content_key
+from gru.config_stages import ServeResources
 from gru.errors import UserError
 from gru.network import require_bindable, url_of
 from gru.registry import tracking, versions
 from gru.serving import http_limits
-from gru.serving.api import create_app
 from gru.serving.auth import Keys
 from gru.serving.middleware import JsonLines
-from gru.serving.model_manager import ModelManager
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from prometheus_client.core import Metric
 
 APP = "gru"
 IN_FLIGHT = "tokens_in_flight"
@@ -47,6 +49,10 @@ class Replica:
     """A replica of the endpoint: a model manager and the HTTP interface of its models."""
 
     def __init__(self, config: ServeConfig, model_name: str, tracking_uri: str, storage: str, settings: str) -> None:
+        import torch
+
+        from gru.serving.model_manager import ModelManager
+
         _stay_on_loopback()
         replica_id = serve.get_replica_context().replica_id.unique_id
         _configure_access_log(replica_id)
@@ -62,14 +68,16 @@ class Replica:
         self._replicas: DeploymentHandle[Any] | None = None
         self._manager.start()
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        from gru.serving.api import create_app
+
         return create_app(lambda: self._manager.models, self._config, self._manager.metrics, self._settings, False)
 
-    async def metrics(self) -> list[Metric]:
+    async def metrics(self) -> "list[Metric]":
         """Return the metrics of this replica, for the one that Prometheus asked."""
         return self._manager.metrics.collect()
 
-    async def _all_metrics(self) -> list[list[Metric]]:
+    async def _all_metrics(self) -> "list[list[Metric]]":
         """Return the metrics of each replica. Prometheus reaches one of them at random, and must see them all."""
         if self._replicas is None:
             name = serve.get_replica_context().deployment
@@ -114,6 +122,8 @@ def deploy(config: ServeConfig, resources: ServeResources, model_name: str, trac
     or malformed, if it would open an endpoint that requires keys, or if this cluster serves other applications at
     another address.
     """
+    import mlflow
+
     mlflow.set_tracking_uri(tracking_uri)
     if versions.resolve(model_name, versions.CHAMPION) is None:
         raise UserError(f"{model_name}: no version is @{versions.CHAMPION}; train and promote one first")
@@ -128,6 +138,19 @@ def deploy(config: ServeConfig, resources: ServeResources, model_name: str, trac
         controller_options={"runtime_env": {"env_vars": limits}},
     )
     serve.run(application(config, resources, model_name, tracking_uri, storage), name=APP, route_prefix="/")
+    warn_without_limits(url_of(config.host, config.port))
+
+
+def warn_without_limits(url: str) -> None:
+    """Log a warning if the HTTP proxy at `url` has no limits, because something else started this cluster's Serve."""
+    if http_limits.are_missing(url):
+        log.warning(
+            "%s has no limits on headers, slow requests and connections, because Serve was started without them: stop "
+            "it (`serve shutdown`) and deploy again, or start it with %s=%s on each node",
+            url,
+            ray_internals.PROXY_CALLBACK,
+            http_limits.INSTALL,
+        )
 
 
 def _refuse_to_open() -> None:

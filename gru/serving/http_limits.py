@@ -8,6 +8,8 @@ call it by an environment variable (`gru.ray_internals.PROXY_CALLBACK`).
 import asyncio
 import math
 import resource
+import urllib.error
+import urllib.request
 from typing import Any, ClassVar
 
 from starlette.middleware import Middleware
@@ -42,6 +44,18 @@ def install() -> list[Middleware]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     ray_internals.use_http_protocol(LimitedProtocol)
     return [Middleware(ProxyMiddleware)]
+
+
+def are_missing(url: str) -> bool:
+    """Whether the HTTP server at `url` accepts headers larger than HEADER_BYTES. False if it does not answer."""
+    request = urllib.request.Request(f"{url}/-/healthz", headers={"x-padding": "a" * HEADER_BYTES})
+    try:
+        with urllib.request.urlopen(request, timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code != 431
+    except OSError:
+        return False
 
 
 def max_connections() -> int:

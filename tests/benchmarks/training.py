@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 
 from gru import config as configuration
-from gru.config import TrainConfig, TrainResources
+from gru.config import TrainConfig
+from gru.config_stages import TrainResources
 from gru.corpus.dataset import Dataset
 from gru.corpus.prepare import prepare
 from gru.registry import tracking

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from gru.config import CanaryConfig, ServeConfig
+from gru.config import ServeConfig
+from gru.config_stages import CanaryConfig
 from gru.serving.api import create_app
 from tests.gru.serving.server import Server, listening, tiny_bundle
 

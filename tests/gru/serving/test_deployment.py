@@ -23,7 +23,8 @@ import pytest
 import torch
 from ray import serve
 
-from gru.config import ModelConfig, ServeConfig, ServeResources, TokenizerConfig
+from gru.config import ModelConfig, ServeConfig, TokenizerConfig
+from gru.config_stages import ServeResources
 from gru.corpus.tokenizer import Tokenizer, train_tokenizer
 from gru.errors import UserError
 from gru.generation.generate import generate_ids

@@ -16,7 +16,8 @@ import psutil
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from gru.serving import http_limits
+from gru import ray_internals
+from gru.serving import deployment, http_limits
 from gru.serving.http_limits import LimitedProtocol, ProxyMiddleware, readable_headers
 from tests.gru.serving.server import listening, wait_until
 
@@ -108,6 +109,20 @@ def test_headers_that_arrive_at_once_are_431(url: str, headers: dict[str, str]) 
     answer = httpx.get(url, headers=headers)
     assert (answer.status_code, answer.json()["error"]["type"]) == (431, "invalid_request_error")
     assert httpx.get(url, headers={"x": "a" * 60_000}).status_code == 200
+
+
+def test_deploy_warns_of_a_serve_without_limits(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == deployment.__name__]
+
+    deployment.warn_without_limits(url)
+    assert not warnings()
+    with listening(echo) as unlimited:
+        deployment.warn_without_limits(unlimited)
+    [message] = warnings()
+    assert message.startswith(unlimited) and f"{ray_internals.PROXY_CALLBACK}={http_limits.INSTALL}" in message
+    deployment.warn_without_limits(unlimited)  # nothing listens there any more
+    assert len(warnings()) == 1
 
 
 def test_headers_that_do_not_arrive_are_408_and_a_silent_connection_is_closed(

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from gru import storage
-from gru.config import CanaryConfig, ModelConfig, ServeConfig, TokenizerConfig
+from gru.config import ModelConfig, ServeConfig, TokenizerConfig
+from gru.config_stages import CanaryConfig
 from gru.corpus.tokenizer import Tokenizer, train_tokenizer
 from gru.digests import write_digests
 from gru.generation.engine import Closed
