@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gru.config import Resources
+from gru.config_stages import Resources
 
 ROUNDING = 1e-6  # tolerance for shares of a CPU
 

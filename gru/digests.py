@@ -1,6 +1,7 @@
 """Directories that can be verified: `digests.json`, written last, has the SHA-256 of every other file."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from gru import storage
@@ -31,3 +32,8 @@ def read_verified(path: str) -> dict[str, bytes]:
         if storage.sha256(data) != digests[name]:
             raise DamagedFiles(f"{path}/{name}: its SHA-256 differs from the one in {DIGESTS}")
     return files
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 over the digests of files, by name: that of the directory which has them."""
+    return storage.sha256(json.dumps({name: storage.sha256(data) for name, data in sorted(files.items())}).encode())

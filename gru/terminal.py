@@ -1,4 +1,4 @@
-"""Text for terminals: a model's text without control characters, durations, and sparklines."""
+"""Text for people: a model's text without control characters, numbers of things, durations, and sparklines."""
 
 from collections.abc import Sequence
 
@@ -18,6 +18,11 @@ def one_line(text: str, most: int = 200) -> str:
     """Return the text as one printable line of at most `most` characters; each run of white space becomes a space."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things: `1 file`, `2 files`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:

@@ -5,19 +5,23 @@ The exit status is 0 only if there is a result; 2, with one line, for a user's m
 """
 
 import argparse
+import fcntl
 import gc
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gru import config as configuration
 from gru import storage
-from gru.config import GpuResources, PipelineConfig
+from gru.config import PipelineConfig
+from gru.config_corpus import BUILT_IN_SOURCES
+from gru.config_stages import GpuResources
 from gru.errors import GaveUp, Stopped, UserError, find_user_error
 from gru.machine import available_cpus
 
@@ -74,7 +78,7 @@ def load_config(path: str, overrides: list[str]) -> PipelineConfig:
     corpus = config.corpus
 
     def absolute(source: str) -> str:
-        return source if source in configuration.BUILT_IN_SOURCES else storage.absolute(source, home)
+        return source if source in BUILT_IN_SOURCES else storage.absolute(source, home)
 
     tables = [
         table.model_copy(
@@ -125,7 +129,9 @@ def main(
     try:
         config = load_config(arguments.config, arguments.set)
         storage.check_writable(config.storage)
-        result = run(config, JobContext(arguments.parent, arguments.dataset, progress, arguments))
+        is_recorded = arguments.parent or vars(arguments).get("dry_run")  # by a workflow; or there is nothing to record
+        with nullcontext() if is_recorded else _noted_by_hand(config.storage):
+            result = run(config, JobContext(arguments.parent, arguments.dataset, progress, arguments))
     except KeyboardInterrupt:
         _leave_ray()
         exit_now(130)
@@ -148,6 +154,39 @@ def main(
     sys.stderr.flush()
     print(json.dumps(result, ensure_ascii=False), flush=True)
     exit_now(0)
+
+
+@contextmanager
+def _noted_by_hand(store: str) -> Iterator[None]:
+    """Let `is_used_by_hand` know that a job that no workflow records is in progress in this storage.
+
+    Where that cannot be done, as on a file system without locks, the age of its files protects the job alone.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            if storage.is_local(store):
+                path = _lock_of_jobs(store)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = os.open(path, os.O_RDONLY | os.O_CREAT, 0o666)  # another user may have made it
+                stack.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_SH)  # the operating system releases it with the process
+        yield
+
+
+def is_used_by_hand(store: str) -> bool:
+    """Whether a job that was started by hand is in progress in this storage, which is local."""
+    try:
+        with _lock_of_jobs(store).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there was none yet, or it cannot be known
+        return False
+    return False
+
+
+def _lock_of_jobs(store: str) -> Path:
+    return Path(store) / "locks" / "jobs"
 
 
 def _leave_ray() -> None:

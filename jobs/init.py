@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from gru import storage
-from gru.config import BUILT_IN_SOURCES, ModelConfig, PipelineConfig, TrainConfig
+from gru.config import ModelConfig, PipelineConfig, TrainConfig
+from gru.config_corpus import BUILT_IN_SOURCES
 from gru.errors import UserError
 from gru.machine import available_cpus
 from gru.proposal.proposal import Proposal, choose_name, propose
 from gru.proposal.recipe import Machine
 from gru.proposal.speed import has_gpu, measure_speed
+from gru.terminal import counted
 from jobs import entry, look
 
 MINUTES = 30.0  # for training
@@ -70,8 +72,8 @@ def _choices(config: PipelineConfig) -> str:
     model, train, tokenizer = config.model, config.train, config.tokenizer
     tokens = f" of {tokenizer.vocab_size:,} tokens" if tokenizer.kind == "bpe" else ""
     return (
-        f"a {tokenizer.kind} tokenizer{tokens}; {model.layers} x {model.hidden} {model.cell}, {train.steps:,} steps of "
-        f"{train.batch_size} x {train.sequence_length} tokens"
+        f"a {tokenizer.kind} tokenizer{tokens}; {model.layers} x {model.hidden} {model.cell}, "
+        f"{counted(train.steps, 'step')} of {train.batch_size} x {train.sequence_length} tokens"
     )
 
 
@@ -84,7 +86,7 @@ def report(proposal: Proposal) -> str:
     load, cores = os.getloadavg()[0], available_cpus()
     if load > cores:
         notes.append(
-            f"note: other processes are busy (load {load:.1f} on {cores} cores): if they end, training is "
+            f"note: other processes are busy (load {load:.1f} on {counted(cores, 'core')}): if they end, training is "
             "faster than this, and there is time for more steps"
         )
     return "\n".join([look.report(without_documents), f"{speed}, as measured", *notes])

@@ -11,6 +11,7 @@ from typing import Any
 from gru import storage
 from gru.corpus.dataset import Dataset, open_dataset
 from gru.errors import UserError
+from gru.terminal import counted
 from jobs import entry
 
 
@@ -107,8 +108,9 @@ def _report(dataset: Dataset, facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['dataset']}",
         f"digest      {facts['digest']}" + (", and every file matches its digest" if "verified" in facts else ""),
-        f"sources     {facts['sources']:,} files, {facts['source_bytes'] / 1e6:,.1f} MB",
-        f"shards      {facts['shards']:,} files, {facts['shard_bytes'] / 1e6:,.1f} MB, {facts['segments']:,} segments",
+        f"sources     {counted(facts['sources'], 'file')}, {facts['source_bytes'] / 1e6:,.1f} MB",
+        f"shards      {counted(facts['shards'], 'file')}, {facts['shard_bytes'] / 1e6:,.1f} MB, "
+        f"{counted(facts['segments'], 'segment')}",
         f"tokenizer   {facts['vocabulary']:,} tokens, {facts['tokenizer_digest']}",
         f"            {facts['bytes_per_token']} bytes, {facts['characters_per_token']} characters per token",
         "",
@@ -137,7 +139,7 @@ def _report_left_out(facts: dict[str, Any]) -> list[str]:
         lines.append(f"{reason:>{width}} {facts['dropped'].get(reason, 0):>13,}{f' {lost:>16,}' if lost else ''}")
         lines += [f"  {example}" for example in facts["examples"].get(reason, ())]
     if facts["replaced"]:
-        lines += ["", f"{facts['replaced']:,} documents have U+FFFD in place of invalid bytes"]
+        lines += ["", f"{counted(facts['replaced'], 'document')} with U+FFFD in place of invalid bytes"]
         lines += [f"  {example}" for example in facts["examples"].get("replaced", ())]
     if facts["passed_over"]:
         lines += ["", "files that were not read, by extension"]

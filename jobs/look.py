@@ -7,10 +7,10 @@ from typing import Any
 
 from gru.config import PipelineConfig
 from gru.corpus.file_formats import describe_extensions
-from gru.corpus.partitions import counted
 from gru.corpus.preview import Preview, ShownDocument, SourcePreview
 from gru.corpus.preview import look as preview_of
 from gru.machine import available_cpus
+from gru.terminal import counted
 
 _SHOWN_LINES, _SHOWN_CHARACTERS = 6, 110  # of a document, and of a line
 _EXAMPLES = 2  # of each reason
@@ -37,9 +37,9 @@ def report(preview: Preview) -> str:
         listed = describe_extensions(preview.passed_over)
         lines.append(f"not read, for their extension or by corpus.exclude: {listed}")
     expected = preview.expected
-    size = f"about {_about(expected.documents)} documents, {_bytes(expected.bytes)} of text"
+    size = f"about {_about(expected.documents, 'document')}, {_bytes(expected.bytes)} of text"
     if expected.tokens:
-        size += f", {_about(expected.tokens)} tokens ({preview.bytes_per_token:.2f} bytes each)"
+        size += f", {_about(expected.tokens, 'token')} ({preview.bytes_per_token:.2f} bytes each)"
     time = f"{_duration(preview.seconds)} on {counted(preview.cores, 'core')}"
     time += ", besides the start of Ray" if preview.partitions > 1 else ""
     return "\n".join([*lines, f"expected: {size}, in {time}"])
@@ -64,7 +64,7 @@ def _source_lines(source: SourcePreview) -> Iterator[str]:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in source.dropped.items())
         yield f"  left out: {counts}, {sum(source.dropped.values()) / total:.1%} of the sample"
     if source.replaced:
-        yield f"  {source.replaced:,} with U+FFFD in place of invalid bytes"
+        yield f"  {counted(source.replaced, 'document')} with U+FFFD in place of invalid bytes"
     for found in source.examples.values():
         for example in found[:_EXAMPLES]:
             yield f"    {_printable(example)}"
@@ -99,17 +99,17 @@ def _printable(text: str) -> str:
     )
 
 
-def _about(number: float) -> str:
-    """Return a number with two significant digits."""
+def _about(number: float, noun: str) -> str:
+    """Return a number of things, with two significant digits."""
     digits = max(0, len(str(int(number))) - 2)
-    return f"{round(number, -digits):,.0f}"
+    return counted(int(round(number, -digits)), noun)
 
 
 def _bytes(number: float) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if number >= size:
             return f"{number / size:,.1f} {unit}"
-    return f"{number:,.0f} bytes"
+    return counted(round(number), "byte")
 
 
 def _duration(seconds: float) -> str:

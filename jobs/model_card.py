@@ -9,7 +9,7 @@ import shlex
 
 from gru.config import PipelineConfig
 from gru.network import url_of
-from gru.terminal import one_line, printable
+from gru.terminal import counted, one_line, printable
 from jobs.entry import KEY_VARIABLE
 from jobs.results import StageResults
 
@@ -83,8 +83,8 @@ def _head(config: PipelineConfig, done: StageResults) -> str:
     if "train" in done:
         trained = done["train"]
         lines.append(
-            f"**Training** {trained['steps']:,} steps of {config.train.batch_size} x {config.train.sequence_length} "
-            f"tokens, held-out {trained['heldout_loss']:.3f} nats per token"
+            f"**Training** {counted(trained['steps'], 'step')} of {config.train.batch_size} x "
+            f"{config.train.sequence_length} tokens, held-out {trained['heldout_loss']:.3f} nats per token"
         )
     names = config.corpus.paths
     sources = ", ".join(map(code, names[:SOURCES]))
@@ -92,7 +92,8 @@ def _head(config: PipelineConfig, done: StageResults) -> str:
     size = ""
     if "prepare" in done:
         counts = done["prepare"]
-        size = f"{counts['documents']:,} documents, {counts['bytes'] / 1e6:,.1f} MB, {counts['tokens']:,} tokens from "
+        documents, tokens = counted(counts["documents"], "document"), counted(counts["tokens"], "token")
+        size = f"{documents}, {counts['bytes'] / 1e6:,.1f} MB, {tokens} from "
     lines.append(f"**Dataset** {size}{sources}{more}")
     return "  \n".join(lines)  # two spaces: a line break
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 from gru.config import PipelineConfig
 from gru.corpus.file_formats import describe_extensions
 from gru.registry import tracking
+from gru.terminal import counted
 from jobs import entry, stages, warm_start
 from jobs.results import Counts, PrepareResult
 
@@ -89,13 +90,13 @@ def _problems(manifest: "Manifest") -> Iterator[str]:
     for reason in sorted({*manifest.dropped, *manifest.dropped_bytes}):
         count, lost = manifest.dropped.get(reason, 0), manifest.dropped_bytes.get(reason, 0)
         if count:
-            yield f"left out: {count:,} {reason}" + (f", {lost:,} bytes" if lost else "")
+            yield f"left out: {count:,} {reason}" + (f", {counted(lost, 'byte')}" if lost else "")
         else:  # what is no document, such as bytes behind the end of compressed data
-            yield f"left out: {lost:,} bytes, {reason}"
+            yield f"left out: {counted(lost, 'byte')}, {reason}"
         for example in manifest.examples.get(reason, [])[:_EXAMPLES]:
             yield f"  {example}"
     if manifest.replaced:
-        yield f"{manifest.replaced:,} documents have U+FFFD in place of invalid bytes"
+        yield f"{counted(manifest.replaced, 'document')} with U+FFFD in place of invalid bytes"
         for example in manifest.examples.get("replaced", [])[:_EXAMPLES]:
             yield f"  {example}"
     if manifest.passed_over:

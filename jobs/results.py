@@ -9,6 +9,8 @@ from typing import Any, NotRequired, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # the standard library's is not validated by pydantic before Python 3.12
 
+from gru.terminal import counted
+
 R = TypeVar("R", bound=Mapping[str, object])
 
 
@@ -191,10 +193,11 @@ def describe(stage: str, result: Mapping[str, Any]) -> str:
     """Return a stage's result in a few words."""
     match stage:
         case "prepare":
-            return f"{result['documents']:,} documents, {result['bytes'] / 1e6:,.1f} MB, {result['tokens']:,} tokens"
+            documents, tokens = counted(result["documents"], "document"), counted(result["tokens"], "token")
+            return f"{documents}, {result['bytes'] / 1e6:,.1f} MB, {tokens}"
         case "train":
             start = f" from {result['initial']}" if "initial" in result else ""
-            return f"{result['steps']:,} steps{start}, held-out {result['heldout_loss']:.3f} nats per token"
+            return f"{counted(result['steps'], 'step')}{start}, held-out {result['heldout_loss']:.3f} nats per token"
         case "evaluate":
             return f"{result['bits_per_byte']:.3f} bits per byte"
         case "promote":

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from gru import storage
-from gru.config import NO_MODEL, PipelineConfig, TrainConfig, content_key
+from gru.config import PipelineConfig, TrainConfig, content_key
+from gru.config_stages import NO_MODEL
 from gru.errors import UserError
 from gru.network import url_of
 from jobs.results import (

@@ -23,6 +23,8 @@ def run(config: PipelineConfig, context: entry.JobContext) -> TrainResult:
     prepared = stages.prepare_stage(config, context.dataset).require()
     stage = stages.train_stage(config, prepared)
     if done := stage.result():
+        if note := warm_start.describe_cached(config, stage.key):
+            context.progress(note)
         return done
     from gru.corpus.dataset import open_dataset
     from gru.training.trainer import train

@@ -7,7 +7,8 @@ tokenizer, wherever its alias has moved since.
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from gru.config import NO_MODEL, PipelineConfig, is_model_reference
+from gru.config import PipelineConfig, is_model_reference
+from gru.config_stages import NO_MODEL
 from gru.errors import UserError
 from gru.registry.lineage import Lineage
 from jobs import entry, stages
@@ -44,7 +45,8 @@ def pinned(config: PipelineConfig) -> PipelineConfig:
         return _changed(config, reference, NO_MODEL, config.tokenizer.path)
     if is_alias and (lineage := model.lineage()):
         with suppress(UserError):  # what it started from may be gone
-            earlier = pinned(_changed(config, lineage.initial, lineage.initial_digest, config.tokenizer.path))
+            began = (lineage.initial, lineage.initial_digest) if lineage.initial else (reference, NO_MODEL)
+            earlier = pinned(_changed(config, *began, config.tokenizer.path))
             if _made(earlier, lineage):
                 return earlier
     model.require_fit(config.model, config.tokenizer, config.corpus.normalization)
@@ -62,10 +64,12 @@ def _changed(config: PipelineConfig, name: str | None, digest: str | None, token
 def _made(config: PipelineConfig, lineage: Lineage) -> bool:
     """Whether the run of this configuration, with the sources as they are, is the one that a model comes from."""
     prepared = stages.prepare_stage(config).result()
-    if prepared is None or lineage.checkpoint is None:
-        return False
-    # Two machines may know a storage by different paths.
-    return stages.train_stage(config, prepared).key == lineage.checkpoint.rstrip("/").split("/")[-2]
+    return prepared is not None and stages.train_stage(config, prepared).key == _run_of(lineage)
+
+
+def _run_of(lineage: Lineage) -> str | None:
+    """The key of the training run that a model comes from, since two machines may know a storage by different paths."""
+    return lineage.checkpoint.rstrip("/").split("/")[-2] if lineage.checkpoint else None
 
 
 def initial_model(config: PipelineConfig) -> "InitialModel | None":
@@ -82,14 +86,41 @@ def describe(config: PipelineConfig, model: "InitialModel | None", prepared: Pre
     """Return lines for people about the start of the run of a pinned configuration, and about its held-out text."""
     if model is None:
         reference = config.train.init_from
-        return [f"{config.model_name} has no {reference} yet: starting from random weights"] if reference else []
+        name = f"{config.model_name} has no earlier {reference}"
+        return [f"{name}: starting from random weights"] if reference else []
     lineage = model.lineage()
     by, share = (lineage.heldout_by, lineage.heldout_share) if lineage else (None, None)
     now_by, now_share = prepared["heldout_by"], config.corpus.heldout_share
     # By hash, a document that is held out remains so, whatever else the corpus has.
-    may_leak = now_by != "hash" or by not in (None, "hash") or (share is not None and share < now_share)
+    if now_by == by == "hash" and share is not None and share >= now_share:
+        return [f"starting from {model}"]
+    known = f"for {model.name} by {by}, {share}" if by else "for it, that is not recorded"
     note = (
         f"note: the scores may be too good: {model.name} may have been trained on text that is held out now "
-        f"(by {now_by}, corpus.heldout_share = {now_share}; for {model.name} by {by}, {share})"
+        f"(by {now_by}, corpus.heldout_share = {now_share}; {known})"
     )
-    return [f"starting from {model}", *([note] if may_leak else [])]
+    return [f"starting from {model}", note]
+
+
+def describe_cached(config: PipelineConfig, key: str) -> str:
+    """Return in words why the finished run `key` of a pinned configuration is not trained further; "" if it is plain.
+
+    It is not if the champion that it was to start from is its own result.
+    """
+    if config.train.init_from is None:
+        return ""
+    from gru.registry import versions
+    from gru.training.initial_model import InitialModel
+
+    champion = versions.resolve(config.model_name, versions.CHAMPION)
+    if champion is None:
+        return ""
+    name = f"{champion.name}:{champion.version}"
+    model = InitialModel(name, champion.bundle, config.storage)
+    lineage = model.lineage() if model.is_stored() else None
+    if lineage is None or _run_of(lineage) != key:
+        return ""
+    return (
+        f"not trained again: it is @{versions.CHAMPION} ({name}) itself; other text, other settings or "
+        f'train.init_from = "{name}" train it further'
+    )

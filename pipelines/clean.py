@@ -1,4 +1,4 @@
-"""What of a storage and of this user's cache nothing needs any more, and its removal.
+"""What of a storage, of this user's cache and of its embedded Rays nothing needs any more, and its removal.
 
 In doubt a thing stays: what changed of late, what has no known age, and what this program did not make. The files that
 mark a dataset, a run or a checkpoint as complete are removed first: one that is removed in part is an unfinished one.
@@ -20,8 +20,10 @@ from gru.corpus.dataset import MANIFEST
 from gru.corpus.shards import WORK_DIRECTORY
 from gru.digests import DIGESTS
 from gru.storage import StoredFile
+from gru.terminal import counted
 from gru.training import checkpoint as checkpoints
 from gru.training.initial_model import INITIAL
+from pipelines import ray_sessions
 from pipelines.needs import LINEAGE, Needs
 
 DAY = 24 * 3600
@@ -127,7 +129,7 @@ class Findings:
         if chosen := list(files):
             size, changed = sum(file.size for file in chosen), max(file.modified or 0 for file in chosen)
             paths = tuple(storage.join(directory, file.name) for file in chosen)
-            self.rows.append(Row(f"{name}: {_counted(len(chosen), 'file')}", paths, size, changed, reason))
+            self.rows.append(Row(f"{name}: {counted(len(chosen), 'file')}", paths, size, changed, reason))
 
 
 def find(store: str, needs: Needs, days: float, with_lineage: bool, now: float | None = None) -> Findings:
@@ -154,6 +156,24 @@ def find_cached(cache: Path, days: float, now: float | None = None) -> Findings:
             findings.add(f"cache: champions of registry {item.name}", [item], f"not written for {SERVED_DAYS} days")
     findings.kept["the cache"] += sum(file.size for file in files) - findings.size
     return findings
+
+
+def find_ray_sessions(days: float, now: float | None = None) -> Findings:
+    """Look for the directories of this user's embedded Rays, of any storage, that have ended."""
+    now = time.time() if now is None else now
+    return Findings(
+        [
+            Row(
+                f"ray/{each.directory.name[:27]}",  # with its time
+                each.removal(),
+                each.size,
+                each.changed,
+                f"the embedded Ray of {Path(each.store).name} has ended",
+            )
+            for each in ray_sessions.unused()
+            if each.changed < now - days * DAY
+        ]
+    )
 
 
 class _Search:
@@ -203,7 +223,7 @@ class _Search:
         items = [run.below(path.rsplit("/", 1)[1]) for path in checkpoints.spare(run.path, keep=1)]
         items = [each for each in items if each.name not in self._needs.checkpoints and self._is_old(each)]
         if items:
-            name = f"runs/{run.name}: {_counted(len(items), 'checkpoint')}"
+            name = f"runs/{run.name}: {counted(len(items), 'checkpoint')}"
             self.findings.add(name, items, "training is finished; the last and the best one stay")
 
     def _look_at_dataset(self, item: Item) -> None:
@@ -310,9 +330,5 @@ def size(number: float) -> str:
 def _age(seconds: float) -> str:
     for unit, factor in (("day", DAY), ("hour", 3600)):
         if seconds >= factor:
-            return f"{_counted(int(seconds // factor), unit)} ago"
+            return f"{counted(int(seconds // factor), unit)} ago"
     return "this hour"
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -174,10 +174,10 @@ def _add_stop_commands(subparsers: Subparsers) -> None:
 
     clean = subparsers.add_parser(
         "clean",
-        help="list what nothing in a storage and in the cache needs any more, and remove it once confirmed",
+        help="list what nothing in a storage, the cache and /tmp/ray needs any more, and remove it once confirmed",
         description="List what no unfinished workflow, no newest run of a pipeline and no registered version needs, "
         "with its size and age,\nand remove it once confirmed. Registered models, and the datasets and checkpoints "
-        "of their lineage, stay.",
+        "of their lineage, stay.\nAlso what this user's embedded Rays left in /tmp/ray.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_storage_argument(clean)
@@ -188,7 +188,7 @@ def _add_stop_commands(subparsers: Subparsers) -> None:
         type=_days,
         default=1.0,
         metavar="DAYS",
-        help="only what did not change for so long (1), which protects jobs.* in progress that were started by hand",
+        help="only what did not change for so long (1), which protects jobs.* started by hand on other machines",
     )
     clean.add_argument(
         "--lineage",

@@ -39,7 +39,11 @@ def clean(arguments: argparse.Namespace) -> None:
 
     def look() -> tuple[list[clean.Row], str, list[str]]:
         needed = needs.of_storage(store, arguments.lineage)
-        found = [clean.find(store, needed, days, arguments.lineage), clean.find_cached(cache_directory(), days)]
+        found = [
+            clean.find(store, needed, days, arguments.lineage),
+            clean.find_cached(cache_directory(), days),
+            clean.find_ray_sessions(days),
+        ]
         return [row for each in found for row in each.rows], clean.kept(found), needed.unknown
 
     rows, kept, unknown = look()
@@ -152,11 +156,12 @@ def lineage(arguments: argparse.Namespace) -> int:
     _connect_tracking(storage.normalize(arguments.storage, Path.cwd()))
     from gru.registry import lineage_trace, versions
     from gru.training import checkpoint
+    from gru.training.initial_model import digest_at
 
     version = versions.find(arguments.model)
     with Console(stderr=True).status("") as spinner:
         links = lineage_trace.trace(
-            version, arguments.verify, spinner.update, lambda path: checkpoint.load(path).average
+            version, arguments.verify, spinner.update, lambda path: checkpoint.load(path).average, digest_at
         )
     if arguments.json:
         print(json.dumps([vars(link) for link in links], ensure_ascii=False))

@@ -23,6 +23,7 @@ from gru.errors import UserError
 from gru.machine import available_cpus, available_memory
 from gru.network import OWNER_VARIABLE, free_port, require_bindable
 from jobs.entry import HOME_VARIABLE, RAY_VARIABLE, ray_directory, require_startable_ray
+from pipelines import ray_sessions
 from pipelines.interrupts import interrupts_deferred
 from pipelines.service import EmbeddedService, ServiceFailed, end, stop
 
@@ -155,6 +156,8 @@ def _start(
                 progress(f"waiting for {service.name} to start")
                 service.wait(probes[service.name])
                 service.join()
+        if ray in started:
+            ray_sessions.mark(ray)
     except BaseException:
         with interrupts_deferred():  # a second Ctrl-C must not leave some of the processes running
             end(started)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gru.network import url_of
+from gru.terminal import counted
 from pipelines import records
 from pipelines.database import open_client
 
@@ -125,6 +126,6 @@ def _lines(endpoint: EndpointStatus) -> list[str]:
         f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(model.since))}"
         for model in endpoint.models
     ]
-    replicas = "1 replica" if endpoint.replicas == 1 else f"{endpoint.replicas} replicas"
-    requests = f"{endpoint.running} requests running, {endpoint.waiting} waiting"
+    replicas = counted(endpoint.replicas, "replica")
+    requests = f"{counted(endpoint.running, 'request')} running, {endpoint.waiting} waiting"
     return [f"endpoint: {endpoint.url}: {replicas}, {requests}, {endpoint.tokens_per_second:,.0f} tokens/s", *served]

@@ -14,7 +14,7 @@ from gru.config import PipelineConfig
 from gru.errors import UserError, first_line
 from gru.registry import tracking
 from gru.registry.origins import Origin, database_origins, server_origins
-from jobs import stages
+from jobs import entry, stages
 from pipelines import database, embedded, records
 from pipelines.records import StepsRecord, WorkflowRecord
 
@@ -100,6 +100,8 @@ def of_storage(store: str, with_lineage: bool) -> Needs:
     does not answer.
     """
     needs = Needs()
+    if storage.is_local(store) and entry.is_used_by_hand(store):
+        needs.unknown.append("a job that was started by hand is in progress, and no workflow records what it uses")
     address = database.address(store)
     file = database.file_of(address)
     if file and not file.exists():

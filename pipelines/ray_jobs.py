@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gru import ray_internals, storage
-from gru.config import Resources, content_key
+from gru.config import content_key
+from gru.config_stages import Resources
 from gru.errors import UserError, first_line
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from gru import preflight, storage
 from gru.config import PipelineConfig, ServeConfig
 from gru.errors import UserError
 from gru.network import is_local_address, require_bindable, url_of
+from gru.terminal import counted
 from jobs.entry import default_ray_directory, ray_directory
 from pipelines.interrupts import STOP_SIGNALS
 
@@ -144,7 +145,7 @@ def _drain(ready: str, console: "Console") -> None:
     is_shown = False
     while (count := _requests_in_progress(ready)) and time.monotonic() < deadline:
         if not is_shown:
-            line = f"stopping when {count} requests are finished, in at most {DRAIN_SECONDS} s; Ctrl-C stops now"
+            line = f"waiting for {counted(count, 'request')} to finish, at most {DRAIN_SECONDS} s; Ctrl-C stops now"
             console.print(line, highlight=False)
             is_shown = True
         time.sleep(0.1)

@@ -77,6 +77,7 @@ class Endpoint:
         self.description = f"{model} version {version} from {address}"
         self._address = address
         self._model = f"{model}@champion"  # not the canary, which gets a share of the requests for `model`
+        self._held: dict[str, str] = {}  # the text that the last answer of a session held back
 
     def stream(self, prompt: str, options: TextOptions, session: Session | None = None) -> Pieces:
         sampling = {name: value for name, value in asdict(options.params).items() if name in SENT}
@@ -86,13 +87,17 @@ class Endpoint:
         headers = {"Content-Type": "application/json", **authorization()}
         request = urllib.request.Request(f"{self._address}/v1/completions", json.dumps(body).encode(), headers)
         finish: Finish | None = None
+        # What the last text held back is shown with it, and repeated by the text that continues it without a prompt.
+        held = self._held.pop(session.name, "") if session else ""
+        repeated = 0 if prompt else len(held)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 for line in response:
                     data = line.decode().removeprefix("data: ").strip()
                     if data and data != "[DONE]":
                         piece, finish = self._piece(json.loads(data), session)
-                        yield piece, finish
+                        yield piece[repeated:], finish
+                        repeated = max(0, repeated - len(piece))
             if finish is None:
                 raise UserError(f"{self._address}: the text broke off: the endpoint has ended")
         except urllib.error.HTTPError as error:
@@ -108,7 +113,12 @@ class Endpoint:
         if session and session.resume and not event["session"]["resumed_tokens"]:
             raise SessionLost
         [choice] = event["choices"]
-        return choice["text"], choice["finish_reason"]
+        text, finish = choice["text"], choice["finish_reason"]
+        if session and finish == "length":
+            # An incomplete character, which is U+FFFD at the end, is complete in the next text.
+            self._held[session.name] = event["session"].get("held_text", "").removesuffix("\ufffd")
+            text += self._held[session.name]
+        return text, finish
 
 
 class LocalModel:

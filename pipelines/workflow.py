@@ -12,7 +12,8 @@ from typing import Any, cast
 from dbos import DBOS, DBOSConfig, SetWorkflowID
 from dbos import error as dbos_error
 
-from gru.config import NO_MODEL, PipelineConfig, Resources, content_key
+from gru.config import PipelineConfig, content_key
+from gru.config_stages import NO_MODEL, Resources
 from gru.registry import tracking
 from jobs import results, stages, warm_start
 from jobs.model_card import model_card
@@ -194,7 +195,8 @@ def run_stage(
     result: dict[str, Any] | None = stage.result()
     if result is not None:
         _log_result(parent, config, name, cast(StageResults, {**done, name: result}))
-        show("cached", results.describe(name, result))
+        note = warm_start.describe_cached(config, stage.key) if name == "train" else ""
+        show("cached", "; ".join(filter(None, [results.describe(name, result), note])))
         return result
     if name == "prepare":
         tracking.find_run(parent).describe(model_card(config, done))

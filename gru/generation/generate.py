@@ -66,12 +66,24 @@ class Collector:
 
 
 class PieceQueue:
-    """A receiver that turns a request's tokens into pieces of text, for another thread."""
+    """A receiver that turns a request's tokens into pieces of text, for another thread.
 
-    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str]) -> None:
+    Of a session, a character may span two texts. What may begin a stop string is in the first of them.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes], stops: Sequence[str], in_session: bool = False) -> None:
         self._detokenizer = Detokenizer(token_bytes, stops)
+        self._in_session = in_session
         self._text = ""
+        self._repeated = 0  # characters to come that the session's last text had already
         self._pieces: SimpleQueue[Piece | Exception] = SimpleQueue()
+
+    def resume(self, held: bytes) -> None:
+        self._detokenizer.resume(held)
+        self._repeated = len(held.decode(errors="ignore"))
+
+    def hold(self) -> bytes:
+        return self._detokenizer.hold()
 
     def token(self, token: int, logprobs: Logprobs | None) -> bool:
         self._text += self._detokenizer.feed(token)
@@ -81,8 +93,12 @@ class PieceQueue:
         if isinstance(end, Exception):
             self._pieces.put(end)
             return
-        text = self._text + (self._detokenizer.finish() if end else "")
-        self._text = ""
+        text, self._text = self._text, ""
+        if end == "length" and self._in_session:
+            text += self.hold().decode(errors="ignore")  # without an incomplete character
+        elif end:
+            text += self._detokenizer.finish()
+        text, self._repeated = text[self._repeated :], max(0, self._repeated - len(text))
         if text or end:
             self._pieces.put(Piece(text, end))
 
@@ -118,9 +134,11 @@ class TextGenerator:
         session: the name under which the state after the text is kept, for a prompt that continues it. resume: whether
         the prompt continues it. Raises StateNotCached if that state is not there, as after a text that was closed.
         """
-        receiver = PieceQueue(self._tokenizer.token_bytes, stops)
+        receiver = PieceQueue(self._tokenizer.token_bytes, stops, session is not None)
         prompt_tokens = self._tokenizer.encode(prompt).tolist()
-        stream = self._engine.submit(Request(prompt_tokens, params, max_tokens, receiver, session=session))
+        held_text = None if session is None else receiver
+        request = Request(prompt_tokens, params, max_tokens, receiver, session=session, held_text=held_text)
+        stream = self._engine.submit(request)
         try:
             while True:
                 piece = receiver.take()

@@ -6,22 +6,27 @@
 import os
 import re
 import tomllib
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from gru.config import BUILT_IN_SOURCES, CorpusConfig, PipelineConfig, TokenizerConfig
+from gru.config import CorpusConfig, PipelineConfig, TokenizerConfig
+from gru.config_corpus import BUILT_IN_SOURCES
 from gru.corpus.preview import Preview, look
 from gru.errors import UserError
 from gru.proposal.recipe import Machine, TextFacts, Training, propose_heldout, propose_tokenizer, propose_training
 from gru.proposal.settings import Setting
 from gru.proposal.sources import SourceChoice, choose_source, sample_texts
 from gru.proposal.toml import document_lines, write_toml
+from gru.proposal.unreadable import suggest_conversion
+from gru.terminal import counted
 
 _SECONDS = 1.5  # for the first look at the size of the corpus
 _SHOWN_DOCUMENTS = 3
 _LONGEST_PROMPT = 40  # characters
 _LEAST_TOKENS = 20_000  # below which little can be learned
+_LEAST_TOKENS_AT_ALL = 2000  # the lanes of a step take 512, and some text is held out
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,19 @@ def _propose(paths: list[str], absolute: Callable[[str], str], machine: Machine,
     corpus = CorpusConfig(source=[choice.table(absolute(choice.path)) for choice in choices])
     first = look(corpus, TokenizerConfig(kind="byte"), machine.cores, store, _SECONDS)
     first.require_documents()
-    facts = TextFacts.of(sample_texts(corpus, store))
+    texts = sample_texts(corpus, store)
+    if not any(text.strip() for text in texts):
+        raise UserError(f"{', '.join(corpus.paths)}: nothing but white space")
+    facts = TextFacts.of(texts)
     tokenizer_settings = propose_tokenizer(facts, first.expected.bytes, machine)
     tokenizer = TokenizerConfig.model_validate({each.key: each.value for each in tokenizer_settings})
     preview = look(corpus, tokenizer, machine.cores, store)
     expected = preview.expected
+    if expected.tokens < _LEAST_TOKENS_AT_ALL:
+        raise UserError(
+            f"{', '.join(corpus.paths)}: only about {counted(round(expected.tokens), 'token')} of text: training needs "
+            f"{_LEAST_TOKENS_AT_ALL:,} at least, and {_LEAST_TOKENS:,} to learn much"
+        )
     plain = all(kind == "text" for source in preview.sources for kind in source.files)
     heldout = propose_heldout(expected.bytes, expected.documents, plain)
     share = {each.key: each.value for each in heldout}.get("heldout_share", corpus.heldout_share)
@@ -90,7 +103,9 @@ def choose_name(name: str | None, path: str) -> Setting:
         return Setting("name", name, reason)
     last = PurePath(path.partition("?")[0].rstrip("/")).name
     stem = last if os.path.isdir(path) or path in BUILT_IN_SOURCES else last.split(".")[0]  # noqa: PTH112
-    return Setting("name", re.sub("[^A-Za-z0-9_-]+", "-", stem).strip("-_") or "text", reason)
+    plain = unicodedata.normalize("NFKD", stem.replace("ß", "ss"))
+    letters = "".join(character for character in plain if not unicodedata.combining(character))
+    return Setting("name", re.sub("[^A-Za-z0-9_-]+", "-", letters).strip("-_") or "text", reason)
 
 
 def _head(preview: Preview) -> list[str]:
@@ -121,7 +136,9 @@ def _notes(preview: Preview, training: Training) -> list[str]:
     notes = []
     tokens = preview.expected.tokens
     if tokens < _LEAST_TOKENS:
-        notes.append(f"there are only about {tokens:,.0f} tokens of text: expect a model that repeats them")
+        notes.append(
+            f"there are only about {counted(round(tokens), 'token')} of text: expect a model that repeats them"
+        )
     if training.epochs < 0.2:
         notes.append(
             f"in this time training reads {training.epochs:.1%} of the text, but all of it is prepared: give init more "
@@ -129,4 +146,7 @@ def _notes(preview: Preview, training: Training) -> list[str]:
         )
     if any("invalid_utf8" in source.dropped for source in preview.sources):
         notes.append('some documents are not valid UTF-8: set corpus.encoding, or corpus.on_bad = "replace"')
+    passed_over = {kind: count for kind, count in preview.passed_over.items() if kind}
+    if conversion := suggest_conversion(passed_over):
+        notes.append(conversion)
     return notes

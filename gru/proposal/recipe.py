@@ -13,6 +13,7 @@ from typing import NamedTuple
 from gru.config import ModelConfig, TrainConfig
 from gru.proposal.settings import Setting
 from gru.proposal.speed import Speed
+from gru.terminal import counted
 
 _CJK_RANGES = ((0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
 _CHARACTER_BYTES = 2_000_000  # of text, up to which an alphabet is tokenized by character
@@ -100,7 +101,7 @@ def propose_tokenizer(facts: TextFacts, size: float, machine: Machine) -> list[S
     """Return the settings of [tokenizer] for so many bytes of text."""
     if facts.cjk_share > 0.3:
         vocab = min(8192, max(1024, 2 ** math.ceil(math.log2(facts.frequent + 257))))
-        reason = f"the {facts.frequent:,} characters seen more than once, and bytes for the others"
+        reason = f"{counted(facts.frequent, 'character')} seen more than once, and bytes for the others"
         return [
             Setting("kind", "char", f"{facts.cjk_share:.0%} of the letters are Chinese or Japanese"),
             Setting("vocab_size", vocab, reason),
@@ -197,7 +198,9 @@ def _optimizer_settings(rate: float, steps: int, epochs: float, steps_per_epoch:
     # The moving average that AdamW's weights are has the memory of two epochs then (arXiv:2405.13698).
     decay = float(_rounded(min(0.5, max(0.05, 1 / (2 * rate * steps_per_epoch))), 1))
     if decay > 0.05:
-        settings.append(Setting("weight_decay", decay, f"forgets in two epochs of {steps_per_epoch:,.0f} steps"))
+        settings.append(
+            Setting("weight_decay", decay, f"forgets in two epochs of {counted(round(steps_per_epoch), 'step')}")
+        )
     if steps < 500:
         settings.append(Setting("warmup_steps", steps // 10, "a tenth of the steps"))
         settings.append(Setting("heldout_steps", max(10, steps // 5), "five measurements"))
@@ -207,7 +210,7 @@ def _optimizer_settings(rate: float, steps: int, epochs: float, steps_per_epoch:
 def _batch_settings(batch: TrainConfig, tokens: float) -> list[Setting]:
     settings = []
     if batch.batch_size != TrainConfig().batch_size:
-        reason = "lanes: a GPU computes many at once" if batch.batch_size > 32 else f"lanes, of {tokens:,.0f} tokens"
+        reason = "lanes: a GPU computes many at once" if batch.batch_size > 32 else f"lanes, for {tokens:,.0f} tokens"
         settings.append(Setting("batch_size", batch.batch_size, reason))
     if batch.sequence_length != TrainConfig().sequence_length:
         settings.append(Setting("sequence_length", batch.sequence_length, "tokens that a lane reads per step"))

@@ -16,13 +16,15 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gru.config import BUILT_IN_SOURCES, CorpusConfig, Format, SourceConfig
+from gru.config import CorpusConfig
+from gru.config_corpus import BUILT_IN_SOURCES, Format, SourceConfig
 from gru.corpus.excerpts import Excerpts
-from gru.corpus.file_formats import extension, file_format
+from gru.corpus.file_formats import describe_extensions, extension, file_format
 from gru.corpus.listing import SourceFile, list_files
 from gru.errors import UserError
 from gru.proposal.settings import Setting
 from gru.proposal.template import BODY_NAMES, TemplateChoice, choose_template
+from gru.proposal.unreadable import describe_unreadable, suggest_conversion
 
 _HEAD_BYTES = 1 << 16
 _MOST_HEADS = 20  # files whose beginning is read
@@ -62,6 +64,8 @@ def choose_source(path: str, absolute: str, store: str) -> SourceChoice:
     """
     settings = [*_choose_files(absolute, store)]
     files = list_files(_corpus(absolute, settings), store).files
+    if not any(file.size or "://" in file.path for file in files):
+        raise UserError(f"{path}: {'an empty file' if len(files) == 1 else 'all of its files are empty'}")
     heads = [*_heads(files)]
     settings += _choose_encoding(heads)
     settings += _choose_delimiter(heads)
@@ -100,23 +104,24 @@ def _choose_files(path: str, store: str) -> Iterator[Setting]:
         return
     if os.path.isfile(path):  # noqa: PTH113
         if file_format(path, "auto", True)[0] is None:
-            if (found := _sniff_file(path)) is None:
-                raise UserError(f"{path}: neither text, JSON nor Parquet, as far as its beginning tells")
-            yield Setting("format", found, "by its content, as its extension does not tell")
+            yield Setting("format", _require_format(path), "by its content, as its extension does not tell")
     elif os.path.isdir(path):  # noqa: PTH112
         yield from _choose_in_directory(path, store)
 
 
 def _choose_in_directory(path: str, store: str) -> Iterator[Setting]:
     everything = [Setting("include", ["*"], ""), Setting("format", "text", "")]
-    sizes: Counter[str] = Counter()
+    counts, sizes = Counter[str](), Counter[str]()
     largest: dict[str, SourceFile] = {}
     try:
         files = list_files(_corpus(path, everything), store).files
     except UserError:
-        return  # an empty directory, or one that cannot be read: listing it as it is says so
+        if os.access(path, os.R_OK | os.X_OK) and not os.listdir(path):  # noqa: PTH208
+            raise UserError(f"{path}: an empty directory") from None
+        return  # one that cannot be read: listing it as it is says so
     for file in sorted(files, key=lambda file: -file.size):
         kind = extension(file.name)
+        counts[kind] += 1
         sizes[kind] += file.size
         largest.setdefault(kind, file)
     read = {kind: size for kind, size in sizes.items() if file_format(f"a{kind}", "auto", False)[0]}
@@ -127,16 +132,29 @@ def _choose_in_directory(path: str, store: str) -> Iterator[Setting]:
         kinds = [kind for kind in code if sizes[kind] >= _LEAST_SHARE * size]
         yield Setting("include", [f"*{kind}" for kind in kinds], "most of the text here is in such files")
     elif not read:
-        found = next(((kind, sniffed) for kind in others if (sniffed := _sniff_file(largest[kind].path))), None)
-        if found:
-            yield Setting("include", [f"*{found[0]}"], "no file here has an extension that is read by default")
-            yield Setting("format", found[1], "by the content of these files")
+        found = next(((kind, sniffed) for kind in others if (sniffed := _sniff(_head(largest[kind].path)))), None)
+        if found is None:
+            listed, conversion = describe_extensions(counts), suggest_conversion(counts)
+            raise UserError(f"{path}: none of its files is text: {listed}{f'; {conversion}' if conversion else ''}")
+        yield Setting("include", [f"*{found[0]}"], "no file here has an extension that is read by default")
+        yield Setting("format", found[1], "by the content of these files")
 
 
-def _sniff_file(path: str) -> Format | None:
+def _require_format(path: str) -> Format:
+    """Return the format of a file by its beginning. Raises UserError if it is none that can be read."""
+    head = _head(path)
+    if found := _sniff(head):
+        return found
+    if not head:
+        raise UserError(f"{path}: an empty file")
+    what = describe_unreadable(path, head) or "neither text, JSON nor Parquet, as far as its beginning tells"
+    raise UserError(f"{path}: {what}")
+
+
+def _head(path: str) -> bytes:
     try:
         with open(path, "rb") as file:  # noqa: PTH123
-            return _sniff(file.read(_HEAD_BYTES))
+            return file.read(_HEAD_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -145,7 +163,7 @@ def _sniff(head: bytes) -> Format | None:
     """Return the format of a file by its beginning; None if it is none that can be read."""
     if head.startswith(b"PAR1"):
         return "parquet"
-    if not head or b"\0" in head:
+    if not head or b"\0" in head or describe_unreadable("", head):
         return None
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"{"):

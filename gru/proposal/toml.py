@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gru.config import BUILT_IN_SOURCES
+from gru.config_corpus import BUILT_IN_SOURCES
 from gru.corpus.preview import ShownDocument
 from gru.proposal.settings import Setting
 from gru.proposal.sources import SourceChoice
+from gru.terminal import counted
 
 _SHOWN_LINES, _SHOWN_CHARACTERS = 5, 100  # of a document, and of a line
 _LINE = 120  # characters, after which a reason stands on a line of its own
@@ -46,7 +47,7 @@ def write_toml(
 def document_lines(documents: list[ShownDocument]) -> Iterator[str]:
     """Yield the beginnings of documents."""
     for document in documents:
-        size = "a part" if document.characters is None else f"{document.characters:,} characters"
+        size = "a part" if document.characters is None else counted(document.characters, "character")
         yield f"  {printable(document.file)}, {size}:"
         lines = document.text.split("\n")
         for line in lines[:_SHOWN_LINES]:

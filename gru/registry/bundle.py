@@ -16,7 +16,7 @@ from torch import Tensor
 from gru import storage
 from gru.config import ModelConfig
 from gru.corpus.tokenizer import Tokenizer
-from gru.digests import DIGESTS, read_verified, write_digests
+from gru.digests import DIGESTS, digest_of, read_verified, write_digests
 from gru.model.language_model import GRULanguageModel, with_current_names
 from gru.registry.lineage import Lineage
 
@@ -67,8 +67,3 @@ def load_bundle(path: str | Path) -> Bundle:
         Lineage.model_validate_json(files["lineage.json"]),
         digest_of(files),
     )
-
-
-def digest_of(files: Mapping[str, bytes]) -> str:
-    """Return the digest of a bundle: SHA-256 over the digests of its files."""
-    return storage.sha256(json.dumps({name: storage.sha256(data) for name, data in sorted(files.items())}).encode())

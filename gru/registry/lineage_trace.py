@@ -1,7 +1,7 @@
 """Follow the lineage of a registered model: its bundle, run, checkpoint, dataset, tokenizer and sources.
 
 Each link is named by the bundle's lineage.json or by the manifest of its dataset. This module knows no configuration,
-and of checkpoints only their paths: the caller says how one is loaded.
+and of checkpoints and initial models only their paths: the caller says how one is read.
 """
 
 import tempfile
@@ -26,6 +26,7 @@ from gru.model.language_model import with_current_names
 from gru.registry import tracking
 from gru.registry.bundle import Bundle
 from gru.registry.versions import Version, fetch_bundle, find
+from gru.terminal import counted
 
 State = Literal["found", "verified", "different", "absent"]
 """found: it exists; verified: it was read, and equals its record; different: it is damaged or has changed;
@@ -33,6 +34,9 @@ absent: it cannot be reached from here."""
 
 LoadAverage = Callable[[str], Mapping[str, Tensor]]
 """Returns the averaged weights in the checkpoint directory at a path. Raises DamagedFiles."""
+
+DigestAt = Callable[[str], str]
+"""Returns the digest of the initial model, a bundle or a checkpoint, at a path. Raises UserError or DamagedFiles."""
 
 
 @dataclass
@@ -49,22 +53,29 @@ class _Different(Exception):
     """An origin that differs from its record."""
 
 
-def trace(version: Version, verify: bool, progress: Callable[[str], None], load_average: LoadAverage) -> list[Link]:
+def trace(
+    version: Version, verify: bool, progress: Callable[[str], None], load_average: LoadAverage, digest_at: DigestAt
+) -> list[Link]:
     """Return the links from a version to its sources, as far as they can be followed.
 
     With `verify`, everything that can be reached is read and compared. `progress` is called with the name of each link.
     """
-    return _Trace(version, verify, progress, load_average).follow()
+    return _Trace(version, verify, progress, load_average, digest_at).follow()
 
 
 class _Trace:
     """One walk along the links; each method checks one of them."""
 
     def __init__(
-        self, version: Version, verify: bool, progress: Callable[[str], None], load_average: LoadAverage
+        self,
+        version: Version,
+        verify: bool,
+        progress: Callable[[str], None],
+        load_average: LoadAverage,
+        digest_at: DigestAt,
     ) -> None:
         self._version, self._verify = version, verify
-        self._progress, self._load_average = progress, load_average
+        self._progress, self._load_average, self._digest_at = progress, load_average, digest_at
         self._links = [Link("version", "found", {**vars(version)})]
         self._dataset: Dataset | None = None
 
@@ -134,6 +145,9 @@ class _Trace:
         if not is_model_reference(name):
             if not storage.exists(name):
                 raise FileNotFoundError(f"{name} does not exist")
+            if self._verify:
+                self._verify_initial(name, digest)
+                link.state = "verified"
             return
         version = find(name)
         _require_same("digest", version.bundle, digest)
@@ -141,6 +155,12 @@ class _Trace:
             with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
                 _require_same("digest", fetch_bundle(version, Path(temporary)).digest, digest)
             link.state = "verified"
+
+    def _verify_initial(self, path: str, digest: str) -> None:
+        try:
+            _require_same("digest", self._digest_at(path), digest)
+        except UserError as error:  # the path has something else now
+            raise _Different(f"{path}: {error}") from None
 
     def _check_dataset(self, link: Link, bundle: Bundle) -> None:
         lineage = bundle.lineage
@@ -191,7 +211,7 @@ class _Trace:
                 raise _Different(f"{source.name} has changed or does not exist any more")
             current[source] -= 1
         if new := [*current.elements()]:
-            raise _Different(f"{len(new):,} files are new, for example {new[0].name}")
+            raise _Different(f"{counted(len(new), 'new file')}, for example {new[0].name}")
         link.state = "verified"
 
 
@@ -223,8 +243,8 @@ def _summary(link: Link) -> str:
         case "initial":
             return f"started from {facts['name']} ({facts['digest'][:16]})"
         case "dataset":
-            return f"{facts['path']}  {facts['documents']:,} documents, {facts['tokens']:,} tokens"
+            return f"{facts['path']}  {counted(facts['documents'], 'document')}, {counted(facts['tokens'], 'token')}"
         case "tokenizer":
             return str(facts["digest"][:16])
         case _:
-            return f"{', '.join(facts['names'])}  {facts['files']:,} files, {facts['bytes'] / 1e6:,.1f} MB"
+            return f"{', '.join(facts['names'])}  {counted(facts['files'], 'file')}, {facts['bytes'] / 1e6:,.1f} MB"

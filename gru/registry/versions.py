@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gru.digests import read_verified, write_digests
+from gru.digests import digest_of, read_verified, write_digests
 from gru.errors import UserError
-from gru.registry.bundle import Bundle, load_bundle
 from gru.registry.tracking import Run
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+
+    from gru.registry.bundle import Bundle
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 PYFUNC_REQUIREMENTS = ["gigatoken", "numpy", "pydantic", "safetensors", "tokenizers", "torch"]  # besides this package
@@ -52,14 +53,15 @@ def register(run: Run, name: str, bundle_path: str, bits_per_byte: float, heldou
     from mlflow.exceptions import MlflowException
 
     client = run.client
-    digest = load_bundle(bundle_path).digest
+    files = read_verified(bundle_path)
+    digest = digest_of(files)
     for entity in client.search_model_versions(f"name = '{name}'"):
         if entity.tags.get("bundle") == digest and entity.tags.get("heldout") == heldout:
             return _version(entity)
     with tempfile.TemporaryDirectory(prefix="gru-bundle-") as temporary:
         local = Path(temporary) / "bundle"
         local.mkdir()
-        for file, data in read_verified(bundle_path).items():
+        for file, data in files.items():
             (local / file).write_bytes(data)
         write_digests(local)
         with mlflow.start_run(run_id=run.id):
@@ -215,8 +217,10 @@ def find(spec: str) -> Version:
     return resolved
 
 
-def fetch_bundle(version: Version, directory: Path) -> Bundle:
+def fetch_bundle(version: Version, directory: Path) -> "Bundle":
     """Download a version's bundle into a local directory and load it. Raises DamagedFiles."""
+    from gru.registry.bundle import load_bundle  # it needs PyTorch, which those who only look versions up do without
+
     return load_bundle(download_bundle(version, directory))
 
 

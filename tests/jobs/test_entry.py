@@ -1,6 +1,8 @@
 """The device of a job, the Ray that it starts, and its configuration."""
 
+import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gru.config import CHAT_TEMPLATE, EvaluateResources, TrainResources
+from gru.config_fields import CHAT_TEMPLATE
+from gru.config_stages import EvaluateResources, TrainResources
 from gru.errors import UserError
 from jobs import entry
 
@@ -68,3 +71,20 @@ def test_the_endpoints_chats_have_the_form_of_the_corpus(
     path = tmp_path / "a.toml"
     path.write_text(f'name = "a"\n[corpus]\nsources = ["a.txt"]\n{corpus}\n[serve]\n{serve}\n')
     assert entry.load_config(str(path), []).serve.chat_template == expected
+
+
+JOB = """
+from jobs import entry
+entry.main("test", "", lambda config, context: {"by_hand": entry.is_used_by_hand(config.storage)})
+"""
+
+
+@pytest.mark.parametrize(("arguments", "by_hand"), [([], True), (["--parent", "run"], False)])
+def test_a_job_that_no_workflow_started_is_noted_while_it_runs(
+    tmp_path: Path, arguments: list[str], by_hand: bool
+) -> None:
+    config = json.dumps({"storage": str(tmp_path), "corpus": {"sources": ["a.txt"]}})
+    command = [sys.executable, "-c", JOB, config, *arguments]
+    job = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert json.loads(job.stdout) == {"by_hand": by_hand}, job.stderr
+    assert not entry.is_used_by_hand(str(tmp_path))

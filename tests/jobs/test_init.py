@@ -22,6 +22,7 @@ from pipelines import cli
 
 WORDS = ["a", "crow", "met", "the", "fox", "under", "an", "old", "oak", "and", "said", "good", "day", "hills"]
 VERSE = "白日依山盡黃河入海流欲窮千里目更上一層樓春眠不覺曉處處聞啼鳥夜來風雨聲花落知多少"
+WORD_FILE = b"PK\x03\x04\x14\0\0\0word/document.xml"
 RANDOM = random.Random(0)
 
 
@@ -59,6 +60,14 @@ def proposed(*paths: str, **settings: Any) -> tuple[PipelineConfig, dict[str, An
         "  # " in line or line.startswith(("#", "[", "sources", "path")) or not line for line in text.splitlines()
     )
     return load("my.toml"), tomllib.loads(text)
+
+
+def test_what_is_not_text_beside_text_is_noted() -> None:
+    write("Über Käfer (2)/a.md", "\n".join(sentence() for _ in range(100)))
+    write("Über Käfer (2)/b.docx", WORD_FILE)
+    proposal = init.init(["Über Käfer (2)"], 1)
+    assert load_text(proposal.toml).name == "Uber-Kafer-2"
+    assert any(note.startswith(".docx files are not read: make text of them") for note in proposal.notes)
 
 
 def test_a_novel() -> None:
@@ -209,7 +218,15 @@ def mistakes() -> Iterator[None]:
     write("images/a.png", b"\x89PNG\0")
     write("numbers.jsonl", json_lines([{"id": 1}, {"id": 2}]))
     write("blank.txt", "")
+    write("blanks/a.md", "")
+    write("blanks/b.md", "")
+    write("white.txt", " \n\n")
+    write("tiny.txt", "A crow met a fox. " * 11)
     write("a.bin", b"\0\1\2")
+    write("my letters/1.docx", WORD_FILE)
+    write("my letters/2.docx", WORD_FILE)
+    write("my letters/3.pdf", b"%PDF-1.4\n1 0 obj\n")
+    write("unnamed", WORD_FILE)
     yield
 
 
@@ -217,11 +234,19 @@ def mistakes() -> Iterator[None]:
     ("path", "message"),
     [
         ("absent.txt", "^no such file: .*absent.txt"),
-        ("empty", "^nothing to read in .*empty"),
-        ("images", "^nothing to read in .*images"),
+        ("empty", "/empty: an empty directory$"),
+        ("images", r"/images: none of its files is text: 1 \.png$"),
+        ("images/a.png", r"/images/a\.png: an image, which has no text$"),
         ("numbers.jsonl", "numbers.jsonl: no field of its records has text; its fields: id"),
-        ("blank.txt", "^no document to train on in .*blank.txt"),
+        ("blank.txt", r"^blank\.txt: an empty file$"),
+        ("blanks", "^blanks: all of its files are empty$"),
+        ("white.txt", r"/white\.txt: nothing but white space$"),
+        ("tiny.txt", r"/tiny\.txt: only about 199 tokens of text: training needs 2,000 at least"),
         ("a.bin", "a.bin: neither text"),
+        ("my letters/1.docx", r"a Word file, .* with `pandoc -t plain '/.*/my letters/1\.docx' -o 1\.txt`$"),
+        ("my letters/3.pdf", r"a PDF file, .* with `pdftotext '/.*/my letters/3\.pdf'`$"),
+        ("my letters", r"none of its files is text: 2 \.docx, 1 \.pdf; \.docx files are not read: make text of them"),
+        ("unnamed", r"/unnamed: a ZIP archive: give it the extension \.zip$"),
     ],
 )
 def test_mistakes_are_one_line(path: str, message: str, mistakes: None, monkeypatch: pytest.MonkeyPatch) -> None:

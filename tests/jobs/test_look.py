@@ -111,11 +111,19 @@ def test_many_fields_are_cut() -> None:
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (7, "7"), (99.6, "100"), (1058, "1,100"), (9149, "9,100"), (123_456_789, "120,000,000")],
+    [
+        (0, "0 documents"),
+        (1.2, "1 document"),
+        (7, "7 documents"),
+        (99.6, "100 documents"),
+        (1058, "1,100 documents"),
+        (9149, "9,100 documents"),
+        (123_456_789, "120,000,000 documents"),
+    ],
 )
 def test_estimates_have_two_digits(number: float, text: str) -> None:
     report = look.report(Preview([], {".jpg": 2, "": 1}, Estimate(documents=number), 0.0, 1, 7300.0))
-    assert f"expected: about {text} documents, 0 bytes of text, in 2.0 h on 1 core" in report
+    assert f"expected: about {text}, 0 bytes of text, in 2.0 h on 1 core" in report
     assert "not read, for their extension or by corpus.exclude: 2 .jpg, 1 without extension" in report
 
 

@@ -45,7 +45,7 @@ def test_a_result_of_a_newer_version_that_has_more_keys_is_kept_whole() -> None:
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_each_result_is_described_by_its_own_keys(stage: str) -> None:
     samples = {
-        "prepare": (RESULT, "1 documents, 0.0 MB, 3 tokens"),
+        "prepare": (RESULT, "1 document, 0.0 MB, 3 tokens"),
         "train": ({"steps": 1200, "heldout_loss": 1.5}, "1,200 steps, held-out 1.500 nats per token"),
         "evaluate": ({"bits_per_byte": 1.25}, "1.250 bits per byte"),
         "promote": (

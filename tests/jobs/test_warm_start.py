@@ -1,6 +1,7 @@
 """`train.init_from` is looked up once per run: what is pinned stays, whatever its alias names later."""
 
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from gru.config import PipelineConfig
 from gru.corpus.dataset import open_dataset
 from gru.errors import UserError
 from gru.registry import lineage_trace, tracking, versions
+from gru.registry.bundle import load_bundle
 from gru.registry.lineage import Lineage
 from gru.registry.versions import Version
+from gru.training import checkpoint as checkpoints
+from gru.training.initial_model import digest_at
 from jobs import prepare, stages, warm_start
 from jobs.entry import JobContext
 from jobs.results import PrepareResult
@@ -43,6 +47,9 @@ class Nights:
 
     def directory_of(self, config: PipelineConfig) -> str:
         return stages.train_stage(config, self.prepared(config)).directory
+
+    def key_of(self, config: PipelineConfig) -> str:
+        return stages.train_stage(config, self.prepared(config)).key
 
     def prepared(self, config: PipelineConfig) -> PrepareResult:
         return prepare.prepare_dataset(config, CONTEXT)
@@ -82,14 +89,18 @@ def test_each_night_starts_from_the_champion_of_the_one_before(nights: Nights) -
     first = warm_start.pinned(config)
     assert first.train.init_digest == "none" and warm_start.initial_model(first) is None
     assert warm_start.describe(first, None, nights.prepared(first)) == [
-        "crows has no @champion yet: starting from random weights"
+        "crows has no earlier @champion: starting from random weights"
     ]
     random = nights.config()
     assert nights.directory_of(first) == nights.directory_of(random), "the same run"
     one = nights.promote(first, seed=1)
     assert warm_start.pinned(first) is first, "what is pinned stays"
-    again = warm_start.pinned(config)
-    assert nights.directory_of(again) == nights.directory_of(random), "the champion is the result of this very run"
+    assert warm_start.pinned(config) == first, "the champion is the result of this very run"
+    assert warm_start.describe_cached(first, nights.key_of(first)) == (
+        "not trained again: it is @champion (crows:1) itself; other text, other settings or "
+        'train.init_from = "crows:1" train it further'
+    )
+    assert warm_start.describe_cached(random, nights.key_of(random)) == "", "a champion was not asked for"
 
     nights.grow()
     second = warm_start.pinned(config)
@@ -106,15 +117,55 @@ def test_each_night_starts_from_the_champion_of_the_one_before(nights: Nights) -
     two = nights.promote(second, seed=2)
     assert warm_start.pinned(second) is second
     assert warm_start.pinned(config) == second, "the champion is the result of this very run"
+    assert "it is @champion (crows:2) itself" in warm_start.describe_cached(second, nights.key_of(second))
     other = warm_start.pinned(nights.config(CHAMPION, "train.seed=1"))
     assert other.train.init_digest == two.bundle, "another run"
     MlflowClient().set_registered_model_alias("crows", versions.CHAMPION, "1")
     assert warm_start.pinned(config) == second
+    assert warm_start.describe_cached(second, nights.key_of(second)) == "", "it was trained from the champion"
 
-    [link] = [link for link in lineage_trace.trace(two, True, print, lambda path: {}) if link.name == "initial"]
+    links = lineage_trace.trace(two, True, print, lambda path: {}, digest_at)
+    [link] = [link for link in links if link.name == "initial"]
     assert (link.state, link.facts) == ("verified", {"name": "crows:1", "digest": one.bundle})
-    report = lineage_trace.report("crows:2", lineage_trace.trace(two, False, print, lambda path: {}))
+    report = lineage_trace.report("crows:2", lineage_trace.trace(two, False, print, lambda path: {}, digest_at))
     assert f"  initial     found      started from crows:1 ({one.bundle[:16]})" in report.splitlines()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_model_given_by_its_path_is_verified_and_noted(nights: Nights, checkpoint: bool) -> None:
+    """A bundle has the held-out share of its dataset, a checkpoint does not."""
+    prepared = nights.prepared(nights.config("corpus.heldout=hash"))
+    tokenizer = open_dataset(prepared["dataset"]).tokenizer()
+    heldout = {"heldout_by": "hash", "heldout_share": 0.01}
+    bundle = bundles.write(nights.directory / "b", tokenizer, 5, bundles.LINEAGE.model_copy(update=heldout))
+    path = bundle
+    if checkpoint:
+        path = str(nights.directory / "run" / checkpoints.new_name(7))
+        identity = {"tokenizer": tokenizer.digest, "model": bundles.CONFIG.model_dump()}
+        average = load_bundle(bundle).model.state_dict()
+        checkpoints.save(checkpoints.Checkpoint({"ema": average}, {"step": 7, "identity": identity}), path)
+        (nights.directory / "run" / "tokenizer.json").write_bytes(tokenizer.json)
+    config = warm_start.pinned(nights.config(f'train.init_from="{path}"'))
+    initial = warm_start.initial_model(config)
+    assert initial is not None
+    now = {**prepared, "heldout_by": "hash"}
+    lines = warm_start.describe(config, initial, now)  # type: ignore[arg-type]
+    assert lines[0] == f"starting from {path} ({initial.digest[:16]})"
+    assert [line.endswith("for it, that is not recorded)") for line in lines[1:]] == [True] * checkpoint
+
+    version = nights.promote(config, seed=1)
+
+    def link(verify: bool) -> lineage_trace.Link:
+        links = lineage_trace.trace(version, verify, print, lambda path: {}, digest_at)
+        return next(link for link in links if link.name == "initial")
+
+    assert (link(False).state, link(True).state) == ("found", "verified")
+    shutil.rmtree(path)
+    assert link(True).problem == f"{path} does not exist"
+    bundles.write(Path(path), tokenizer, 6)
+    assert (link(True).state, link(True).problem.startswith("its digest is ")) == ("different", True)
+    (Path(path) / "digests.json").unlink()
+    assert link(True).state == "different"
 
 
 def test_a_model_that_does_not_exist_or_fit_is_refused_in_a_line_that_names_the_key(nights: Nights) -> None:

@@ -1,5 +1,6 @@
 """`gru clean`: what it finds and removes, with a real registry and a real database of workflows."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from gru.corpus.tokenizer import train_tokenizer
 from gru.registry import tracking, versions
 from gru.registry.lineage import Lineage
 from jobs import stages
-from pipelines import clean, cli
+from pipelines import clean, cli, ray_sessions
 from pipelines.clean import DAY, Row, find, find_cached
 from pipelines.needs import Needs
 from tests.gru.registry import bundles
@@ -165,6 +166,50 @@ def test_the_cache_loses_what_was_not_used_for_long(tmp_path: Path) -> None:
     assert f"cache: champions of registry {D4}" in [row.name for row in find_cached(tmp_path, 1).rows]
 
 
+def test_of_rays_directories_those_go_that_an_embedded_one_of_this_user_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A marked one stays while a process is in it, names it or has a file of it open."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    child = subprocess.Popen(["true"])
+    child.wait()
+    write(tmp_path / "kept" / "file")
+
+    def session(name: str, process: int = child.pid, marked: bool = True) -> Path:
+        directory = tmp_path / "ray" / f"session_{name}_{process}"
+        write(directory / "logs" / "raylet.out")
+        (directory / "link").symlink_to(tmp_path / "kept")
+        if marked:
+            write(directory / ray_sessions.MARKER, "/x/store")
+        return directory
+
+    ended, inside, named, opened = (session(name) for name in ("ended", "inside", "named", "opened"))
+    session("foreign", marked=False)
+    session("alive", os.getpid())
+    others = session("others")
+    if os.geteuid() == 0:
+        os.chown(others / ray_sessions.MARKER, 1, 1)
+    else:
+        (others / ray_sessions.MARKER).unlink()
+    (tmp_path / "ray" / "session_latest").symlink_to(ended)
+    age(tmp_path / "ray", 2)
+    sleep = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        (opened / "logs" / "raylet.out").open(),
+        subprocess.Popen(sleep, cwd=inside, **pipes) as one,
+        subprocess.Popen([*sleep, f"--session-dir={named}"], **pipes) as two,
+    ):
+        assert [process.stdout and process.stdout.readline() for process in (one, two)] == [b"\n"] * 2
+        [row] = clean.find_ray_sessions(1).rows
+        assert (row.paths[-1], row.size) == (str(ended), 1000 + len("/x/store"))
+        assert (row.name, row.reason) == (f"ray/{ended.name}"[:31], "the embedded Ray of store has ended")
+        assert clean.find_ray_sessions(3).rows == []
+    assert row.paths[-2:] == (str(ended / "logs"), str(ended)), "the marker is removed last"
+    assert clean.remove(row) and not ended.exists() and (tmp_path / "kept" / "file").exists()
+    assert {each.paths[-1] for each in clean.find_ray_sessions(1).rows} == {str(inside), str(named), str(opened)}
+
+
 def test_a_config_keeps_what_it_names_by_path() -> None:
     needs = Needs()
     needs.add_paths(
@@ -212,6 +257,7 @@ def test_workflows_and_registered_versions_keep_what_they_need(
     from jobs import entry
 
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     store = tmp_path / "store"
     (tmp_path / "a.txt").write_text("A crow met a fox. " * 99)
     (tmp_path / "c.toml").write_text(CONFIG.format(storage=store, source=tmp_path / "a.txt", steps=100))
@@ -245,6 +291,11 @@ def test_workflows_and_registered_versions_keep_what_they_need(
         arguments.command(arguments)
         return capsys.readouterr().out
 
+    with (store / "locks" / "jobs").open("w") as by_hand:
+        fcntl.flock(by_hand, fcntl.LOCK_SH)
+        listed = gru_clean("--dry-run")
+    assert "datasets and runs stay: a job that was started by hand is in progress" in listed
+    assert f"runs/{R3} " not in listed and f"datasets/{D3} " not in listed
     listed = gru_clean("--dry-run")
     assert f"runs/{R3} " in listed and f"datasets/{D3} " in listed
     assert f"runs/{running}" not in listed and stage.key not in listed

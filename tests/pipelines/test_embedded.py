@@ -13,7 +13,7 @@ import pytest
 
 from gru.network import free_port
 from jobs.entry import RAY_VARIABLE
-from pipelines import embedded, service
+from pipelines import embedded, ray_sessions, service
 from pipelines.service import EmbeddedService, ServiceFailed, identify
 from tests.waiting import wait_until
 
@@ -53,6 +53,7 @@ def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_us
             assert user.returncode == 0
             assert [bool(service.process()) for service in services] == [runs] * 2
         assert not [process for process in processes if process.is_running()]
+        assert [each for each in ray_sessions.unused() if each.store == str(tmp_path)]
     finally:
         embedded.down(str(tmp_path))
 

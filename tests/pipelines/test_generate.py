@@ -13,6 +13,8 @@ import termios
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,12 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server(bundle: Bundle) -> Iterator[Server]:
+    with serving(bundle) as server:
+        yield server
+
+
+@contextmanager
+def serving(bundle: Bundle) -> Iterator[Server]:
     """An endpoint with the model `poet`, version 3."""
     server = Server("", ServeConfig(), bundle)
     server.model = inference_model(bundle.model)  # type: ignore[assignment]  # as the model manager does
@@ -111,7 +119,9 @@ def test_a_text_that_breaks_off_is_an_error(length: bytes) -> None:
 
     def serve(listener: socket.socket) -> None:
         with listener.accept()[0] as client:
-            client.recv(65536)
+            request = b""
+            while not request.endswith(b"}"):  # else closing resets the connection
+                request += client.recv(65536)
             client.sendall(b"HTTP/1.1 200 OK\r\n" + length + b"\r\ndata: " + event + b"\n\n")
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -148,6 +158,32 @@ def test_endpoint_and_bundle_continue_a_session_alike(address: str, bundle: Bund
             whole(source, "a", GREEDY, Session("other", resume=True))
     assert texts[0] == texts[1]
     assert "".join(texts[0][:2]) == generate(bundle, "a", tokens=40, temperature=0)
+
+
+def test_a_character_and_a_stop_string_may_span_two_texts_of_a_session() -> None:
+    """The model prefers the bytes of one character, so that its tokens are parts of one, and in any order."""
+    bundle = tiny_bundle()
+    with torch.no_grad():
+        bundle.model.output_bias[[*"\u6625".encode()]] += 100
+    options = TextOptions(SamplingParams(3), 60, [])
+    one = replace(options, max_tokens=1)
+    with serving(bundle) as server:
+        for source in (Endpoint(server.url, "poet", "3"), LocalModel(bundle, "")):
+            text = whole(source, "", options)
+            assert "\u6625\ufffd" in text
+            parts = [whole(source, "", one, Session("s", resume=bool(n))) for n in range(60)]
+            assert text in ("".join(parts), "".join(parts) + "\ufffd") and "" in parts
+            stop = "\u6625\ufffd"
+            shorter, longer = (replace(each, stops=[stop]) for each in (one, options))
+            first: list[str] = []
+            for n in range(60):
+                first.append(whole(source, "", shorter, Session("t", resume=bool(n))))
+                if "".join(first).endswith("\u6625"):
+                    break
+            rest = [*source.stream("", longer, Session("t", resume=True))]
+            assert ("".join(first), rest[-1]) == (text[: text.index(stop) + 1], ("", "stop"))
+            whole(source, "", shorter, Session("u", resume=False))
+            assert whole(source, "b", one, Session("u", resume=True)) in ("", "\ufffd"), "a prompt ends the character"
 
 
 def test_an_endpoint_reports_its_errors_in_one_line(address: str) -> None:

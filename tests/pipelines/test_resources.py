@@ -6,7 +6,8 @@ from typing import Any, cast
 import pytest
 from ray.serve._private.build_app import build_app
 
-from gru.config import EvaluateResources, PipelineConfig, Resources
+from gru.config import PipelineConfig
+from gru.config_stages import EvaluateResources, Resources
 from gru.serving import deployment
 from jobs import stages
 from jobs.results import PrepareResult, TrainResult

@@ -14,6 +14,7 @@ from gru.registry.lineage_trace import Link
 from gru.registry.versions import Version
 from gru.training import checkpoint as checkpoints
 from gru.training.checkpoint import Checkpoint
+from gru.training.initial_model import digest_at
 from tests.gru.registry.bundles import LINEAGE, write
 
 
@@ -28,7 +29,7 @@ def load_average(path: str) -> dict[str, Tensor]:
 
 def trace(version: Version, verify: bool = True) -> dict[str, Link]:
     names: list[str] = []
-    links = lineage_trace.trace(version, verify, names.append, load_average)
+    links = lineage_trace.trace(version, verify, names.append, load_average, digest_at)
     assert [link.name for link in links[1:]] == names
     return {link.name: link for link in links}
 
