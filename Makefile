@@ -15,18 +15,10 @@ run: $(INSTALLED)
 	$(BIN)/gru run pipelines/configs/quickstart.toml $(ARGS)
 
 # Two processes share the files: while one waits for a Ray or an MLflow to start, the other computes.
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
-
-# These run alone: they start services and trainings of their own, and time their kills.
-ALONE := $(patsubst %,tests/pipelines/test_%.py,embedded interrupts lock pipeline pipeline_endpoint pipeline_workflows resources sweep)
+SIDE_BY_SIDE := --numprocesses 2 --no-loadscope-reorder
 
 test: $(INSTALLED)
-ifdef ARGS
-	$(BIN)/python -m pytest $(ARGS)
-else
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE)
-endif
+	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(SIDE_BY_SIDE))
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser or clients or gpu)' $(ARGS)

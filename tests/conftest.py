@@ -5,17 +5,17 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from jobs import entry
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: waiting threads leave the core to others
 os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: other tests would starve Ray's workers
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 entry.prepare_libraries()
-
 
 SERVICES = {
     "ray_local",
@@ -30,9 +30,30 @@ SERVICES = {
 """Fixtures that start a service; importing Ray or MLflow alone takes seconds."""
 
 
+PIPELINE_FILES = "tests/pipelines/test_pipeline"
+"""How the paths of the files begin whose tests share one pipeline, in the order of these files."""
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     if SERVICES.intersection(getattr(item, "fixturenames", ())):
         item.add_marker(pytest.mark.services)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files begin first, so that no process has one left while the others have nothing to do."""
+    heavy = {item.path for item in items if item.get_closest_marker("services")}
+    items.sort(key=lambda item: (not item.nodeid.startswith(PIPELINE_FILES), item.path not in heavy))
+
+
+class FileScheduling(LoadFileScheduling):
+    """Give each process of pytest-xdist whole files, and those that share a pipeline to one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return PIPELINE_FILES if nodeid.startswith(PIPELINE_FILES) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileScheduling:
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

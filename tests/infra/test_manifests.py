@@ -204,7 +204,7 @@ def test_no_secret_has_a_value_here() -> None:
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path) -> Path:
+def mounted_config(tmp_path: Path) -> Path:
     """The configuration file that the manifests mount."""
     [toml] = [each["data"]["pipeline.toml"] for each in manifests("ConfigMap") if "pipeline.toml" in each["data"]]
     path = tmp_path / "pipeline.toml"
@@ -212,8 +212,8 @@ def pipeline(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_configuration_is_valid_and_requires_api_keys(pipeline: Path) -> None:
-    config = configuration.load(pipeline)
+def test_the_configuration_is_valid_and_requires_api_keys(mounted_config: Path) -> None:
+    config = configuration.load(mounted_config)
     assert config.serve.host == "0.0.0.0" and config.serve.keys == "/etc/gru/keys/keys"
     assert config.resources.train.gpus == 1
     assert config.storage in values(manifests("RayCluster"), "mountPath")
@@ -222,7 +222,7 @@ def test_the_configuration_is_valid_and_requires_api_keys(pipeline: Path) -> Non
         assert "gpu" in values(manifest, "groupName") or "clusterSelector" in manifest["spec"]
 
 
-def test_the_service_is_what_serve_deploys(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_is_what_serve_deploys(mounted_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve._private.build_app import build_app
     from ray.serve.schema import ServeDeploySchema
 
@@ -231,12 +231,12 @@ def test_the_service_is_what_serve_deploys(pipeline: Path, monkeypatch: pytest.M
     [service] = manifests("RayService")
     schema = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     [application] = schema.applications
-    config = entry.load_config(str(pipeline), [])
+    config = entry.load_config(str(mounted_config), [])
     assert (schema.http_options.host, schema.http_options.port) == (config.serve.host, config.serve.port)
     assert application.name == deployment.APP and application.args == {"config": CONFIG_PATH}
     module, _, builder = application.import_path.partition(":")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
-    built = getattr(importlib.import_module(module), builder)({"config": str(pipeline)})
+    built = getattr(importlib.import_module(module), builder)({"config": str(mounted_config)})
     [generator] = build_app(built, name=application.name).deployments
     assert generator.name == "Generator"
     settings = content_key(config.serve, config.resources.serve, config.storage)

@@ -94,6 +94,7 @@ def test_clean_keeps_the_lineage_beside_a_pipeline_that_is_up(
     links = json.loads(subprocess.run(verify, capture_output=True, text=True, check=True).stdout)
     assert "absent" not in {link["state"] for link in links}
     before = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", pipeline.tracking)  # MLflow sets it too, for all tests that follow
     mlflow.set_tracking_uri(pipeline.tracking)
     assert database_origins(pipeline.storage / "mlflow") == server_origins() != []
     mlflow.set_tracking_uri(before)
@@ -135,14 +136,12 @@ def answers_in_progress(pipeline: Pipeline) -> Iterator[list[list[str]]]:
 
 def test_stopping_finishes_answers_and_all_processes_and_the_next_run_resumes(pipeline: Pipeline) -> None:
     assert pipeline.process is not None
-    restored = subprocess.run([*pipeline.command, "--exit"], cwd=pipeline.directory, capture_output=True, text=True)
-    assert restored.returncode == 0, restored.stderr  # an earlier test may have replaced the endpoint
     processes = pipeline.service_processes()
     assert len(processes) > 5
     with answers_in_progress(pipeline) as finished:
         pipeline.process.send_signal(signal.SIGTERM)  # as Ctrl-C
         assert pipeline.process.wait(60) == 130
-    assert "stopping when" in pipeline.stderr
+    assert "to finish, at most" in pipeline.stderr
     assert finished == [["length"] * 8] * 4
     alive = [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not alive

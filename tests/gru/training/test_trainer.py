@@ -3,13 +3,15 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
 import torch
 
-from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig, TrainResources
+from gru.config import CorpusConfig, ModelConfig, TokenizerConfig, TrainConfig
+from gru.config_stages import TrainResources
 from gru.corpus.batches import LaneOrder, LaneReader
 from gru.corpus.dataset import Dataset
 from gru.corpus.prepare import prepare
@@ -17,7 +19,7 @@ from gru.errors import UserError
 from gru.registry import tracking
 from gru.registry.bundle import write_bundle
 from gru.training import checkpoint as checkpoints
-from gru.training.initial_model import fetch, load_weights
+from gru.training.initial_model import InitialModel, fetch, load_weights
 from gru.training.learner import Learner
 from gru.training.progress import sample_line
 from gru.training.trainer import train
@@ -27,7 +29,14 @@ from tests.gru.training.runs import assert_same
 
 MODEL = ModelConfig(embedding=32, hidden=32, dropout=0.1, precision="fp32")
 CONFIG = TrainConfig(
-    steps=60, batch_size=6, sequence_length=16, workers=2, threads=1, heldout_steps=20, checkpoint_seconds=0.5
+    steps=60,
+    batch_size=6,
+    sequence_length=16,
+    workers=2,
+    bitwise_elastic=2,
+    threads=1,
+    heldout_steps=20,
+    checkpoint_seconds=0.5,
 )
 RESOURCES = TrainResources()
 
@@ -52,16 +61,31 @@ def train_alone(learner: Learner, dataset: Dataset, steps: int) -> list[float]:
     return losses
 
 
-def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, mlflow_store: str) -> None:
+def initial_model(dataset: Dataset, directory: Path) -> InitialModel:
+    """Return a model to start from, whose weights are not those of the seed."""
+    learner = Learner(MODEL, CONFIG, dataset.manifest.vocab_size, dataset.manifest.end_of_text)
+    train_alone(learner, dataset, 5)
+    path = str(directory / "bundle")
+    write_bundle(path, MODEL, learner.average.state_dict(), dataset.tokenizer(), LINEAGE)
+    initial = fetch(path, str(directory / "store"), "own")
+    assert initial is not None
+    return initial
+
+
+def test_two_workers_equal_one_process_from_an_initial_model_to_the_last_step(
+    dataset: Dataset, tmp_path: Path, mlflow_store: str
+) -> None:
+    """To the bit. Each step is logged once, and shown. Another run may start from the last checkpoint."""
     parent, run = tracking.open_run("test", "parent key", "pipeline"), tracking.open_run("test", "key", "train")
     lines: list[str] = []
     directory = str(tmp_path / "runs" / "r")
-    options = {"tracking_parent": parent.id, "prompt": "The fox"}
+    initial = initial_model(dataset, tmp_path)
+    options: dict[str, Any] = {"tracking_parent": parent.id, "prompt": "The fox", "initial": initial}
     last = train(MODEL, CONFIG, RESOURCES, dataset, directory, mlflow_store, run.id, lines.append, **options)
     assert last.step == 60
     assert last.state["precision"] == "fp32"
     assert last.tensors["lanes"]["state"].shape == (1, 6, 32)
-    assert len(checkpoints.paths(str(tmp_path / "runs" / "r"))) <= CONFIG.keep
+    assert len(checkpoints.paths(directory)) <= CONFIG.keep
     assert lines[-1].startswith("step 60/60, 0:00 left, ")
     logged = run.history("train/loss")
     assert [step for step, _ in logged] == [10, 20, 30, 40, 50, 60]
@@ -83,38 +107,19 @@ def test_two_workers_follow_the_loss_of_one(dataset: Dataset, tmp_path: Path, ml
     assert [value for _, value in parent.history("heldout/bits_per_byte")] == pytest.approx(in_bits)
 
     alone = Learner(MODEL, CONFIG, dataset.manifest.vocab_size, dataset.manifest.end_of_text)
+    alone.start_from(load_weights(initial.directory))
     losses = train_alone(alone, dataset, 60)
+    assert_same(last, alone)
     means = [sum(losses[i : i + 10]) / 10 for i in range(0, 60, 10)]
     assert [loss for _, loss in logged] == pytest.approx(means, rel=1e-4)
 
-    second = train(MODEL, CONFIG, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, lines.append)
+    second = train(MODEL, CONFIG, RESOURCES, dataset, directory, mlflow_store, run.id, print, initial=initial)
     assert second.state == last.state, "a finished run is not trained again"
+    with pytest.raises(UserError, match=rf"its initial is {initial.digest}, but this run's is None"):
+        train(MODEL, CONFIG, RESOURCES, dataset, directory, mlflow_store, run.id, print)
     with pytest.raises(UserError, match=r"its model\.embedding is 32, but this run's is 8"):
         other = ModelConfig(embedding=8)
-        train(other, CONFIG, RESOURCES, dataset, str(tmp_path / "runs" / "r"), mlflow_store, run.id, print)
-
-
-def test_a_run_starts_from_its_initial_model_and_another_from_its_checkpoint(
-    dataset: Dataset, tmp_path: Path, mlflow_store: str
-) -> None:
-    """To the bit as in one process. The same run cannot be resumed as one that started from random weights."""
-    config = CONFIG.model_copy(update={"steps": 12, "workers": 1})
-    manifest = dataset.manifest
-    alone = Learner(MODEL, config, manifest.vocab_size, manifest.end_of_text)
-    train_alone(alone, dataset, 5)  # weights that are not those of the seed
-    path = str(tmp_path / "bundle")
-    write_bundle(path, MODEL, alone.average.state_dict(), dataset.tokenizer(), LINEAGE)
-    initial = fetch(path, str(tmp_path / "store"), "own")
-    assert initial is not None
-    alone = Learner(MODEL, config, manifest.vocab_size, manifest.end_of_text)
-    alone.start_from(load_weights(initial.directory))
-    train_alone(alone, dataset, 12)
-
-    run, directory = tracking.open_run("test", "key", "train"), str(tmp_path / "runs" / "r")
-    last = train(MODEL, config, RESOURCES, dataset, directory, mlflow_store, run.id, print, initial=initial)
-    assert_same(last, alone)
-    with pytest.raises(UserError, match=rf"its initial is {initial.digest}, but this run's is None"):
-        train(MODEL, config, RESOURCES, dataset, directory, mlflow_store, run.id, print)
+        train(other, CONFIG, RESOURCES, dataset, directory, mlflow_store, run.id, print, initial=initial)
     from_checkpoint = fetch(str(last.path), str(tmp_path / "store"), "own")
     assert from_checkpoint is not None
     weights = load_weights(from_checkpoint.directory)
@@ -126,7 +131,8 @@ def test_divergence_is_an_error_and_is_not_retried(
     dataset: Dataset, tmp_path: Path, mlflow_store: str, workers: int
 ) -> None:
     run = tracking.open_run("test", "other key", "train")
-    config = CONFIG.model_copy(update={"workers": workers, "learning_rate": 1e30, "clip": 1e30})
+    changes = {"workers": workers, "bitwise_elastic": 0, "learning_rate": 1e30, "clip": 1e30}
+    config = CONFIG.model_copy(update=changes)
     directory = tmp_path / "runs" / "r"
     lines: list[str] = []
     with pytest.raises(UserError, match=r"training diverged: the gradient's norm is \w+ at step \d+ in \d of 6 lanes"):
