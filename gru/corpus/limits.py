@@ -1,7 +1,7 @@
 """The limits of sources: which spans the first documents of a limited source are in, without reading what follows.
 
-The result depends on the files and the corpus config only, since spans are counted in their order, whoever reads them.
-This module does not know what becomes of the documents.
+The result depends on the files and the corpus config only: any number of workers counts the spans in their order. This
+module does not know what becomes of the documents.
 """
 
 import math

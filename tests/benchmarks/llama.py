@@ -142,7 +142,8 @@ def compare(url: str, tokenizer: Tokenizer) -> None:
                         print(_rates(streams, tokens, url, their_url), flush=True)
                     memory[streams] = process.memory_info().rss
         except Exception:
-            print(log.seek(0) or log.read()[-2000:])
+            log.seek(0)
+            print(log.read()[-2000:])
             raise
     per_stream = (memory[STREAMS] - memory[1]) / (STREAMS - 1)
     of_engine = (engine_memory(STREAMS, LENGTHS[-1]) - engine_memory(1, LENGTHS[-1])) / (STREAMS - 1)

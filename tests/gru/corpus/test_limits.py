@@ -124,7 +124,7 @@ def test_the_tail_is_that_of_the_documents_in_use(tmp_path: Path, limit: int) ->
         train, heldout = split(corpus)
         assert train + heldout == first
         assert abs(len(heldout) - len(first) / 10) < 1, "a single document is cut when it has been read"
-        assert planned(corpus, in_threads) == planned(corpus), "whoever counts the documents"
+        assert planned(corpus, in_threads) == planned(corpus), "the plan depends on the number of threads"
         report = Report()
         for span in planned(corpus):
             assert all(documents(span, corpus, report))
