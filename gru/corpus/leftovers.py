@@ -16,6 +16,7 @@ from gru.errors import GaveUp, UserError
 
 _INPUTS = "inputs.json"
 _UNUSED_SECONDS = 24 * 3600  # time without a change to any file after which no process works on a dataset any more
+_STALE_SECONDS = 3600  # time without a change after which no task writes a temporary file any more
 
 
 class _Inputs(BaseModel):
@@ -34,6 +35,17 @@ def record_inputs(directory: str, key: str, corpus: CorpusConfig, tokenizer: Tok
 
 def _inputs_file(directory: str) -> str:
     return storage.join(directory, WORK_DIRECTORY, _INPUTS)
+
+
+def remove_temporary_files(directory: str, now: float | None = None) -> None:
+    """Remove the temporary files of killed tasks from an unfinished dataset, if unchanged for an hour.
+
+    Younger ones stay, since another process may be preparing the same dataset.
+    """
+    before = (time.time() if now is None else now) - _STALE_SECONDS
+    for file in storage.files(directory):
+        if storage.is_leftover(file.name.rsplit("/", 1)[-1]) and (file.modified or before) < before:
+            storage.remove(storage.join(directory, file.name))
 
 
 def remove_work_files(dataset: Dataset) -> Dataset:

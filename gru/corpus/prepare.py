@@ -102,6 +102,7 @@ def _build(
         storage.check_writable(corpus.dropped, "corpus.dropped")
     store = storage_of(directory)
     leftovers.remove_unreachable(directory, partial(dataset_key, store=store), progress)
+    leftovers.remove_temporary_files(directory)
     files, passed_over = list_files(corpus, store)
     key = dataset_key(corpus, config, files)
     leftovers.record_inputs(directory, key, corpus, config)
