@@ -1,16 +1,44 @@
-/* Factors of matrix products: bf16 with -DBF16, which needs AVX512-BF16, else fp32. Sums are fp32. */
+/* Factors of matrix products, and sums of products: int8 and int32 with -DINT8, which needs AVX512-VNNI; bf16 and fp32
+   with -DBF16, which needs AVX512-BF16; else fp32 both. */
 
 #include <string.h>
 
 #include "vectors.h"
 
-#ifdef BF16
+#if defined(INT8)
 
 #include <immintrin.h>
 
-enum { DEPTH = 2 }; /* neighbouring factors of a row that are multiplied at once */
+enum { DEPTH = 4 };     /* neighbouring factors of a row that are multiplied at once */
+typedef uint8_t factor; /* 128 more than the number, since the instruction multiplies unsigned by signed ones */
+typedef __m512i factors;
+typedef ints sums;
+
+static inline factors broadcast_factors(const factor *row) {
+    int32_t four;
+    memcpy(&four, row, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+static inline factors load_factors(const int8_t *weights) { return _mm512_loadu_si512(weights); }
+
+static inline sums multiply_add(sums sum, factors row, factors weights) {
+    return (sums)_mm512_dpbusd_epi32((__m512i)sum, row, weights);
+}
+
+static inline void store_rounded(factor *to, vec x) { /* x in [-127.5, 127.5] */
+    const __m512i whole = _mm512_cvtps_epi32((__m512)x);
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+}
+
+#elif defined(BF16)
+
+#include <immintrin.h>
+
+enum { DEPTH = 2 };
 typedef uint16_t factor;
 typedef __m512bh factors;
+typedef vec sums;
 
 static inline factors broadcast_factors(const factor *row) {
     int32_t both;
@@ -37,6 +65,7 @@ static inline void store_rounded(factor *to, vec x) {
 enum { DEPTH = 1 };
 typedef float factor;
 typedef vec factors;
+typedef vec sums;
 
 static inline factors broadcast_factors(const factor *row) { return broadcast(*row); }
 

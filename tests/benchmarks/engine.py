@@ -24,7 +24,7 @@ from gru.generation.engine import Engine
 from gru.generation.generate import Collector
 from gru.generation.request import Request
 from gru.generation.sampling import Logprobs, SamplingParams
-from gru.model.inference import inference_model
+from gru.model.inference import Products, inference_model
 from gru.model.language_model import GRULanguageModel
 
 MODEL = ModelConfig(embedding=512, hidden=512, layers=2)
@@ -48,7 +48,7 @@ def model() -> GRULanguageModel:
     return endless
 
 
-def engine_rate(streams: int, tokens: int, receiver: type[Collector] = Collector, **options: bool) -> float:
+def engine_rate(streams: int, tokens: int, receiver: type[Collector] = Collector, **options: Products) -> float:
     """Return the tokens/s of `streams` concurrent streams. options: those of `inference_model`."""
     torch.set_num_threads(THREADS)
     engine = Engine(inference_model(model(), **options), END, streams, streams)
@@ -116,7 +116,8 @@ def engine(against: Path | None) -> float:
     for streams, tokens in ((STREAMS, 150), (1, 500)):
         sides: dict[str, Callable[[], float]] = {
             "engine": partial(engine_rate, streams, tokens),
-            "products in fp32": partial(engine_rate, streams, tokens, bf16_products=False),
+            "products in bf16": partial(engine_rate, streams, tokens, products="bf16"),
+            "products in fp32": partial(engine_rate, streams, tokens, products="fp32"),
         }
         if against:
             sides["earlier version"] = partial(rate_of, against, streams, tokens)

@@ -1,11 +1,11 @@
 """A GRU against published numbers on the same texts: trained for some minutes, and scored once on the test part.
 
-python -m tests.benchmarks.published TEXT --table war-and-peace [--minutes M] [--seeds N] [--output FILE]
+python -m tests.benchmarks.published TEXT --table NAME [--minutes M] [--seeds N] [--output FILE] [--picture FILE]
 
 TEXT is a file, or for the tables of the Penn Treebank a directory: see published_texts.py. What is chosen is chosen on
 the validation part: settings of training with --validation-only, those of dynamic evaluation by the command itself.
 Minutes are those of training; measurements are not counted. With --output, each finished seed is a line of JSON there,
-and the same command skips it when started again.
+and the same command skips it when started again. --picture draws the validation loss over the minutes.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def run_seed(conditions: Conditions, seed: int, show: Show) -> dict[str, Any]:
     device = entry.device("train", config.resources.train)
     learner = Learner(config.model, train, text.vocab_size, text.end_of_text, device=device)
     started = time.monotonic()
-    seconds = train_model(learner, conditions, show)
+    seconds, curve = train_model(learner, conditions, show)
     took = time.monotonic() - started
     model = GRULanguageModel(config.model, text.vocab_size).to(device)  # in fp32, as it would be served
     model.load_state_dict(learner.average.state_dict())
@@ -141,6 +141,7 @@ def run_seed(conditions: Conditions, seed: int, show: Show) -> dict[str, Any]:
         "key": conditions.key,
         "seed": seed,
         "nats": scores,
+        "curve": curve,
         "dynamic": settings and asdict(settings),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": learner.step,
@@ -152,28 +153,32 @@ def run_seed(conditions: Conditions, seed: int, show: Show) -> dict[str, Any]:
     }
 
 
-def train_model(learner: Learner, conditions: Conditions, show: Show) -> float | None:
-    """Train a model. Return the seconds of training, without measurements; None if its number of steps is fixed."""
+def train_model(learner: Learner, conditions: Conditions, show: Show) -> tuple[float | None, list[float]]:
+    """Train a model. Return the seconds of training and its validation losses, at evenly spaced moments.
+
+    Seconds are those without measurements; None if the number of steps is fixed.
+    """
     text, train = conditions.text, learner.config
     size = conditions.config.corpus.segment_tokens
     segments = [text.train[start : start + size] for start in range(0, len(text.train), size)]
     order = LaneOrder(list(map(len, segments)), train.seed, train.batch_size, train.sequence_length)
-    started = time.monotonic()
+    started, losses = time.monotonic(), list[float]()
 
     def measure() -> float:
         loss = learner.heldout_loss(text.validation[: train.heldout_tokens])
         minutes = (time.monotonic() - started) / 60
         epochs = learner.step * train.batch_size * train.sequence_length / len(text.train)
         show(f"{minutes:.1f} min: step {learner.step:,}, {epochs:.1f} epochs, validation loss {loss:.4f}")
+        losses.append(loss)
         return loss
 
     with LaneReader(order, segments.__getitem__, text.end_of_text, learner.lanes) as reader:
         if conditions.minutes is None:
             train_steps(learner, reader.batch, measure, MEASUREMENTS)
-            return None
+            return None, losses
         curve = TrainingCurve()
         train_for(learner, reader.batch, conditions.minutes * 60, measure, curve)
-        return curve.points[-1]["time"]
+        return curve.points[-1]["time"], curve.heldout
 
 
 def choose_settings(model: GRULanguageModel, text: Text, show: Show) -> tuple[torch.Tensor, DynamicSettings]:
@@ -255,6 +260,29 @@ def format_table(table: Table, records: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(table: Table, records: list[dict[str, Any]], path: Path) -> None:
+    """Write a picture of the validation loss of each seed, and of its and the published results on the test part."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for record in records:
+        curve, last, colour = record["curve"], record["minutes"], f"C{record['seed']}"
+        times = [last * (mark + 1) / len(curve) for mark in range(len(curve))]
+        axes.plot(
+            times, list(map(table.value, curve)), color=colour, label=f"GRU, seed {record['seed']}: validation part"
+        )
+        if "test" in record["nats"]:
+            axes.plot(last, table.value(record["nats"]["test"]), "o", color=colour, label="its test part")
+    for index, (name, value) in enumerate(table.rows.items()):
+        axes.axhline(value, color="black", linestyle=("--", ":", "-.")[index], label=name)
+    worst = max(value for record in records for value in record["curve"][len(record["curve"]) // 8 :])
+    axes.set(xlabel="minutes of training", ylabel=table.unit, xlim=0, ylim=(None, table.value(worst)))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", metavar="TEXT", type=Path, help="file or directory of the text")
@@ -269,14 +297,17 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--validation-only", action="store_true", help="leave the test part alone: to choose between settings"
     )
     parser.add_argument("--output", metavar="FILE", type=Path, help="results, a line of JSON for each finished seed")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="PNG or SVG of the losses")
     return parser.parse_args(words)
 
 
 def run(arguments: argparse.Namespace) -> None:
     if arguments.minutes <= 0 or arguments.seeds <= 0:
         raise UserError(f"--minutes {arguments.minutes:g} --seeds {arguments.seeds}: expected positive numbers")
-    if arguments.output and not arguments.output.resolve().parent.is_dir():
-        raise UserError(f"--output {arguments.output}: its directory does not exist")
+    for option in ("output", "picture"):
+        path = getattr(arguments, option)
+        if path and not path.resolve().parent.is_dir():
+            raise UserError(f"--{option} {path}: its directory does not exist")
     table = TABLES[arguments.table]
     text = table.read(arguments.text)
     steps = [] if arguments.steps is None else [f"train.steps={arguments.steps}"]
@@ -297,7 +328,10 @@ def run(arguments: argparse.Namespace) -> None:
             append_record(arguments.output, records[seed])
         for part, nats in records[seed]["nats"].items():
             show_seed(seed, f"{part} part: {table.value(nats):.{table.digits}f} {table.unit}")
-    print(format_table(table, [records[seed] for seed in range(arguments.seeds)]), flush=True)
+    chosen = [records[seed] for seed in range(arguments.seeds)]
+    print(format_table(table, chosen), flush=True)
+    if arguments.picture:
+        draw(table, chosen, arguments.picture)
 
 
 def show(line: str) -> None:

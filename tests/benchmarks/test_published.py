@@ -108,13 +108,16 @@ def test_the_command_trains_scores_and_resumes_after_the_last_finished_seed(
     first = output.read_text()
     record = json.loads(first)
     assert (record["seed"], record["steps"]) == (0, 20)
+    assert len(record["curve"]) == 16 and record["curve"][-1] < record["curve"][0]
     assert 0 < record["nats"]["test"] < math.log(len(set(text.read_text())) + 1)
     assert 0 < record["nats"]["test, dynamic"] < record["nats"]["test"]  # sentences repeat, so adapting helps
     shown = capsys.readouterr().out
     assert "| best of 36 RNNs" in shown and f"| ours, seed 0, 20 steps | {record['nats']['test']:.4f} |" in shown
 
     output.write_text(first + first[:100])  # as if it was killed while it wrote the next line
-    run(arguments(text, output, seeds=2))
+    picture = tmp_path / "losses.png"
+    run(arguments(text, output, 2, "--picture", str(picture)))
+    assert picture.read_bytes().startswith(b"\x89PNG")
     out, log = capsys.readouterr()
     assert "seed 0: done already" in log and "| ours, median of 2 seeds |" in out
     assert output.read_text().startswith(first + first[:100] + "\n")
