@@ -21,10 +21,10 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(SIDE_BY_SIDE))
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or chaos or cluster or faults or browser or clients or gpu)' $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not (services or slow or chaos or cluster or faults or browser or clients or gpu)' $(ARGS)
 
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'faults and not chaos' $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'faults and not chaos' $(ARGS)
 
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m cluster -rP $(ARGS)

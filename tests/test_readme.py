@@ -5,6 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from gru.config import CorpusConfig, TokenizerConfig
 from gru.corpus.prepare import prepare
 
@@ -12,6 +14,7 @@ README = Path(__file__).parent.parent / "README.md"
 DATASET, STEPS = "store/datasets/7d298cf7f851ded2", '"steps": 500'
 
 
+@pytest.mark.slow
 def test_the_code_for_use_as_a_library_runs(tmp_path: Path) -> None:
     section = README.read_text().split("## Use as a library\n\n")[1].split("\n\n")[0]
     code = textwrap.dedent(section)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).with_name("train_and_generate.py")
 STEPS = "STEPS = 400"
 CHECKS = """
@@ -16,6 +18,7 @@ assert not {"ray", "mlflow", "fastapi", "dbos"} & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_example_trains_generates_saves_and_loads_without_ray_and_mlflow(tmp_path: Path) -> None:
     code = EXAMPLE.read_text()
     assert code.count(STEPS) == 1

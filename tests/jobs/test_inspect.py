@@ -96,6 +96,7 @@ def test_any_document_is_printed_by_its_hash(dataset: Dataset) -> None:
         assert done.stderr.startswith(f"error: --document {name}: {message}")
 
 
+@pytest.mark.slow
 def test_a_command_that_ends_early_is_never_aborted_by_a_native_thread(dataset: Dataset) -> None:
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda _: inspect(dataset.directory, "--document", "1"), range(20)))

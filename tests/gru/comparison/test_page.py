@@ -119,6 +119,7 @@ def bundle(dataset: Dataset, seed: int) -> Bundle:
     return Bundle(model, tokenizer, LINEAGE, "digest")
 
 
+@pytest.mark.slow
 def test_each_round_has_a_heldout_passage_among_those_of_the_contenders(dataset: Dataset, tmp_path: Path) -> None:
     bundles, path = {"gru": bundle(dataset, 0), "lstm": bundle(dataset, 1)}, tmp_path / "page.html"
     write_page(path, CONFIG, dataset, bundles)

@@ -42,6 +42,7 @@ def train(seconds: float, pause: float) -> tuple[TrainingCurve, float]:
     return curve, time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_the_clock_is_stopped_while_the_heldout_loss_is_measured() -> None:
     curve, took = train(1.5, pause=0.2)
     points, losses = curve.points, curve.heldout

@@ -26,6 +26,7 @@ def llm(home: Path, *arguments: str) -> str:
     return done.stdout.removesuffix("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["chat", "responses"])
 def test_llm(server: Server, client: openai.OpenAI, tmp_path: Path, api: str) -> None:
     """https://llm.datasette.io/en/stable/other-models.html#openai-compatible-models"""

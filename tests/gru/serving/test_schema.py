@@ -23,6 +23,7 @@ def url() -> Iterator[str]:
     engine.close(drain=False)
 
 
+@pytest.mark.slow
 def test_no_request_makes_a_server_error(url: str) -> None:
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     counts: Counter[str] = Counter()

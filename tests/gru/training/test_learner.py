@@ -193,6 +193,7 @@ def _train_worker(
     os._exit(0)  # gloo's threads may abort a process that ends while another is still connected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world", "precision", "rounding"), [(2, "fp32", 1e-5), (4, "fp32", 1e-5), (2, "bf16", 1e-3)])
 def test_workers_share_the_lanes_and_compute_the_same(
     tmp_path: Path, world: int, precision: Precision, rounding: float
@@ -232,6 +233,7 @@ def _resume_worker(rank: int, world: int, rendezvous: str, first: str, last: str
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_three_workers_resume_bit_identically(tmp_path: Path) -> None:
     """The order of a sum of more than two numbers matters, and must not depend on when the workers started."""
     undisturbed, half, resumed = (str(tmp_path / name) for name in ("undisturbed", "half", "resumed"))
@@ -244,6 +246,7 @@ def test_three_workers_resume_bit_identically(tmp_path: Path) -> None:
             assert torch.equal(actual.tensors[stem][name], tensor), (stem, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_with_bitwise_elastic_any_number_of_workers_gives_the_same_bits(tmp_path: Path, precision: Precision) -> None:
     """6 lanes in 4 parts of unequal size, on 1, 2, 3 and 4 workers; the middle part of the tree crosses workers."""
