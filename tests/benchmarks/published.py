@@ -261,25 +261,28 @@ def format_table(table: Table, records: list[dict[str, Any]]) -> str:
 
 
 def draw(table: Table, records: list[dict[str, Any]], path: Path) -> None:
-    """Write a picture of the validation loss of each seed, and of its and the published results on the test part."""
+    """Write a picture of the validation loss of all seeds over time, and of theirs and others' on the test part."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for record in records:
-        curve, last, colour = record["curve"], record["minutes"], f"C{record['seed']}"
-        times = [last * (mark + 1) / len(curve) for mark in range(len(curve))]
-        axes.plot(
-            times, list(map(table.value, curve)), color=colour, label=f"GRU, seed {record['seed']}: validation part"
-        )
-        if "test" in record["nats"]:
-            axes.plot(last, table.value(record["nats"]["test"]), "o", color=colour, label="its test part")
+    for index, record in enumerate(records):
+        label, (curve, minutes, nats) = "_" * (index > 0), (record[key] for key in ("curve", "minutes", "nats"))
+        times = [minutes * (mark + 1) / len(curve) for mark in range(len(curve))]
+        measured = record["settings"]["train"]["heldout_tokens"]
+        start = f"{label}ours, beginning of the validation part ({measured:,} symbols)"
+        axes.plot(times, list(map(table.value, curve)), color="C0", label=start)
+        for part, marker, colour in (("test", "o", "C1"), ("test, dynamic", "D", "C2")):
+            if part in nats:
+                name = f"{label}ours, {part.replace('test', 'test part')}"
+                axes.plot(minutes, table.value(nats[part]), marker, markersize=5, color=colour, label=name)
     for index, (name, value) in enumerate(table.rows.items()):
-        axes.axhline(value, color="black", linestyle=("--", ":", "-.")[index], label=name)
+        axes.axhline(value, color="black", linestyle=("--", ":", "-.")[index], label=f"test part: {name}")
     worst = max(value for record in records for value in record["curve"][len(record["curve"]) // 8 :])
-    axes.set(xlabel="minutes of training", ylabel=table.unit, xlim=0, ylim=(None, table.value(worst)))
+    longest = max(record["minutes"] for record in records)
+    axes.set(xlabel="minutes of training", ylabel=table.unit, xlim=(0, 1.05 * longest), ylim=(None, table.value(worst)))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 
