@@ -17,6 +17,8 @@ from pipelines import embedded, ray_sessions, service
 from pipelines.service import EmbeddedService, ServiceFailed, identify
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.services
+
 ROOT = Path(__file__).parents[2]
 USE = """
 import sys
@@ -29,7 +31,6 @@ services.leave()
 """
 
 
-@pytest.mark.services
 def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_user(tmp_path: Path) -> None:
     ports = [free_port(), free_port()]
     command = [sys.executable, "-c", USE, str(tmp_path), *map(str, ports)]

@@ -90,6 +90,7 @@ def fail_if_waiting() -> None:
     raise AssertionError("no other process holds this lock")
 
 
+@pytest.mark.services
 def test_the_next_process_gets_the_lock_when_its_holder_is_killed_or_ends(database: str) -> None:
     first = hold(database)
     assert read_line(first) == "locked"

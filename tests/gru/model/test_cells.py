@@ -147,6 +147,7 @@ def learner(name: Cell) -> Learner:
     return Learner(model, TrainConfig(steps=100, batch_size=4, sequence_length=16, warmup_steps=5), VOCAB, END)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_model_of_each_cell_learns_and_resumes_exactly_from_a_checkpoint(name: Cell, tmp_path: Path) -> None:
     undisturbed = learner(name)

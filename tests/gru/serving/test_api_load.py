@@ -51,6 +51,7 @@ def test_a_request_that_takes_too_long_ends(running: Server) -> None:
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [400, pytest.param(10_000, marks=pytest.mark.chaos)])
 def test_clients_that_disconnect_at_any_moment_free_their_slots(server: Server, clients: int) -> None:
     server.model.pause = 0.0005
@@ -65,6 +66,7 @@ def test_clients_that_disconnect_at_any_moment_free_their_slots(server: Server, 
     assert server.post(model="poet", prompt="x").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_delays_nobody(server: Server) -> None:
     with connection(server) as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
