@@ -33,6 +33,9 @@ SERVICES = {
 PIPELINE_FILES = "tests/pipelines/test_pipeline"
 """How the paths of the files begin whose tests share one pipeline, in the order of these files."""
 
+LONGEST = [PIPELINE_FILES, "tests/gru/training/test_faults", "tests/pipelines/test_faults"]
+"""How the paths of the files begin that take most time, the longest of each command first."""
+
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     if SERVICES.intersection(getattr(item, "fixturenames", ())):
@@ -42,7 +45,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest files begin first, so that no process has one left while the others have nothing to do."""
     heavy = {item.path for item in items if item.get_closest_marker("services")}
-    items.sort(key=lambda item: (not item.nodeid.startswith(PIPELINE_FILES), item.path not in heavy))
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        rank = next((rank for rank, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+        return rank, item.path not in heavy
+
+    items.sort(key=place)
 
 
 class FileScheduling(LoadFileScheduling):
