@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -24,7 +25,7 @@ from gru.generation.engine import Engine
 from gru.generation.generate import Collector
 from gru.generation.request import Request
 from gru.generation.sampling import Logprobs, SamplingParams
-from gru.model.inference import Products, inference_model
+from gru.model.inference import inference_model
 from gru.model.language_model import GRULanguageModel
 
 MODEL = ModelConfig(embedding=512, hidden=512, layers=2)
@@ -48,7 +49,7 @@ def model() -> GRULanguageModel:
     return endless
 
 
-def engine_rate(streams: int, tokens: int, receiver: type[Collector] = Collector, **options: Products) -> float:
+def engine_rate(streams: int, tokens: int, receiver: type[Collector] = Collector, **options: Any) -> float:
     """Return the tokens/s of `streams` concurrent streams. options: those of `inference_model`."""
     torch.set_num_threads(THREADS)
     engine = Engine(inference_model(model(), **options), END, streams, streams)

@@ -279,8 +279,7 @@ def draw(table: Table, records: list[dict[str, Any]], path: Path) -> None:
     for index, (name, value) in enumerate(table.rows.items()):
         axes.axhline(value, color="black", linestyle=("--", ":", "-.")[index], label=f"test part: {name}")
     worst = max(value for record in records for value in record["curve"][len(record["curve"]) // 8 :])
-    longest = max(record["minutes"] for record in records)
-    axes.set(xlabel="minutes of training", ylabel=table.unit, xlim=(0, 1.05 * longest), ylim=(None, table.value(worst)))
+    axes.set(xlabel="minutes of training", ylabel=table.unit, xlim=(0, None), ylim=(None, table.value(worst)))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
