@@ -99,6 +99,7 @@ def arguments(text: Path, output: Path, seeds: int, *more: str) -> argparse.Name
     return parse_arguments([*words, *overrides, *more])
 
 
+@pytest.mark.slow
 def test_the_command_trains_scores_and_resumes_after_the_last_finished_seed(
     tmp_path: Path, threads: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -232,6 +232,7 @@ def test_where_torch_computes_the_steps_in_bf16_the_log_says_why(
     assert [record.message for record in caplog.records] == [reason]
 
 
+@pytest.mark.slow
 def test_gru_cpu_c_is_compiled_once_and_also_where_the_home_is_read_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

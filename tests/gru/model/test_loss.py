@@ -85,6 +85,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matmul_dtype", ["float32", "bfloat16"])
 def test_a_large_vocabulary_needs_bounded_memory(matmul_dtype: str) -> None:
     """All logits of this window would be 256 MiB, and their gradient as much again."""
