@@ -9,13 +9,17 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # handled as Ctrl-C
 
 
 @contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Let no signal that stops this process interrupt the block; one that arrives raises KeyboardInterrupt after it."""
+def interrupts_deferred(*only: signal.Signals) -> Iterator[None]:
+    """Let no signal that stops this process interrupt the block; one that arrives raises KeyboardInterrupt after it.
+
+    only: the signals meant; none: Ctrl-C and STOP_SIGNALS.
+    """
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
     arrived: list[int] = []
-    numbers = [number for number in (signal.SIGINT, *STOP_SIGNALS) if signal.getsignal(number) != signal.SIG_IGN]
+    deferred = only or (signal.SIGINT, *STOP_SIGNALS)
+    numbers = [number for number in deferred if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         for number in numbers:

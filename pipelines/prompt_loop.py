@@ -12,7 +12,7 @@ from types import FrameType
 
 from gru.errors import UserError
 from gru.terminal import printable
-from pipelines.interrupts import STOP_SIGNALS
+from pipelines.interrupts import STOP_SIGNALS, interrupts_deferred
 from pipelines.text_sources import Session, SessionLost, TextOptions, TextSource
 
 HELP = """\
@@ -109,8 +109,9 @@ class PromptLoop:
         try:
             with closing(self._source.stream(prompt, self._options, session)) as pieces:
                 for text, finish in pieces:  # noqa: B007
-                    generated += text  # first: Ctrl-C may end the printing
-                    print(printable(text), end="", flush=True)
+                    with interrupts_deferred(signal.SIGINT):  # what was shown is what is continued
+                        generated += text
+                        print(printable(text), end="", flush=True)
             self._session = replace(session, resume=True)
         finally:
             if generated or finish:

@@ -1,6 +1,7 @@
 """`gru generate`: from an endpoint, a bundle, a run and a storage; in a pipe, and at a terminal."""
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -287,6 +288,27 @@ def test_a_text_whose_state_is_lost_is_read_again(
     first = generate(bundle, "// a", tokens=20, temperature=0)
     second = generate(bundle, f"// a{first}\\ b", tokens=20, temperature=0)
     assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_ctrl_c_while_a_piece_is_printed_continues_what_was_shown(
+    server: Server, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            if text and not self.getvalue():
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(text)
+
+    loop = PromptLoop(Endpoint(server.url, "poet", "3"), GREEDY)
+    stopped, continued = Interrupted(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        loop.answer("// a")
+    monkeypatch.setattr(sys, "stdout", continued)
+    loop.answer("")
+    shown = stopped.getvalue().removesuffix("\n")
+    assert shown
+    assert continued.getvalue() == generate(bundle, f"// a{shown}", tokens=20, temperature=0) + "\n"
 
 
 class Terminal:
