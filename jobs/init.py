@@ -89,4 +89,4 @@ def report(proposal: Proposal) -> str:
             f"note: other processes are busy (load {load:.1f} on {counted(cores, 'core')}): if they end, training is "
             "faster than this, and there is time for more steps"
         )
-    return "\n".join([look.report(without_documents), f"{speed}, as measured", *notes])
+    return "\n".join([look.report(without_documents), f"{speed}, by a short measurement", *notes])

@@ -22,12 +22,14 @@ _VOCABULARIES = ((4e6, 1024), (16e6, 2048), (64e6, 4096), (512e6, 8192), (math.i
 """(bytes of text below which, tokens of BPE)."""
 _BYTES_PER_TOKEN = 3.5  # about, of BPE
 _MOST_EPOCHS = 40  # more were not tried
-_TRAINING_SHARE = 0.9  # of the time that is not spent on measuring the held-out loss and on checkpoints
+_START_SECONDS = 15  # until Ray Train's workers do the first step
+_CPU_SHARE, _GPU_SHARE = 0.8, 0.9  # of the measured speed, beside held-out losses, checkpoints and Ray's processes
 _HELDOUT_BYTES = 350_000  # as much as gives a score to two digits
 _FEW_DOCUMENTS = 50  # of which a hash would hold out too few
 _LEAST_STEPS = 100
 _TOKENS_PER_PARAMETER = 15  # that a larger model must read in the time to be better than a smaller one
 _TOKENS_OF_TEXT_PER_PARAMETER = 0.5  # below it, the model of the presets is too large
+_LEAST_TOKENS_PER_PARAMETER = 1.5  # below it, a narrower model reads so much more in the time that it is better
 _LEAST_LANE = 650  # tokens of a lane in an epoch
 
 
@@ -65,9 +67,15 @@ class Machine(NamedTuple):
     def name(self) -> str:
         return "this GPU" if self.gpu else f"{self.cores} core{'s' * (self.cores != 1)}"
 
+    @property
+    def seconds(self) -> float:
+        """The seconds of the time in which steps run."""
+        given = self.minutes * 60
+        return max(given - _START_SECONDS, given / 2)
+
     def tokens(self, model: ModelConfig, train: TrainConfig, vocab_size: int) -> float:
         """Return the tokens that a training reads in the time."""
-        return self.speed(model, train, vocab_size) * self.minutes * 60 * _TRAINING_SHARE
+        return self.speed(model, train, vocab_size) * (_GPU_SHARE if self.gpu else _CPU_SHARE) * self.seconds
 
 
 class Training(NamedTuple):
@@ -124,6 +132,9 @@ def propose_training(tokens: float, vocab_size: int, machine: Machine) -> Traini
     model = _model(tokens, vocab_size)
     reason = "suits the text" if model.hidden == 512 else "suits so little text"
     available = machine.tokens(model, batch, vocab_size)
+    if model.hidden == 512 and available < _LEAST_TOKENS_PER_PARAMETER * parameters(model, vocab_size):
+        model, reason = model.model_copy(update={"hidden": 384}), "suits the short time"
+        available = machine.tokens(model, batch, vocab_size)
     for larger in _larger_models(vocab_size, machine.gpu):
         trial = batch
         if larger.layers > 1 and machine.gpu:
@@ -139,9 +150,9 @@ def propose_training(tokens: float, vocab_size: int, machine: Machine) -> Traini
     window = batch.batch_size * batch.sequence_length
     steps = max(_LEAST_STEPS, _rounded_down(int(epochs * tokens / window)))
     epochs = steps * window / tokens
-    rate = _learning_rate(model, steps, epochs)
-    speed = available / (machine.minutes * 60 * _TRAINING_SHARE)
-    minutes = steps * window / speed / 60 / _TRAINING_SHARE
+    rate = _learning_rate(model, epochs)
+    speed = available / machine.seconds
+    minutes = machine.minutes * steps * window / available
     settings = _batch_settings(batch, tokens)
     settings = [
         Setting("steps", steps, _steps_reason(epochs, minutes, speed, machine)),
@@ -195,12 +206,12 @@ def _model_settings(model: ModelConfig, vocab_size: int, epochs: float, reason: 
 
 def _optimizer_settings(rate: float, steps: int, epochs: float, steps_per_epoch: float) -> list[Setting]:
     settings = [Setting("learning_rate", rate, _rate_reason(rate, epochs))]
-    # The moving average that AdamW's weights are has the memory of two epochs then (arXiv:2405.13698).
-    decay = float(_rounded(min(0.5, max(0.05, 1 / (2 * rate * steps_per_epoch))), 1))
+    # AdamW's weights are a moving average of its updates (arXiv:2405.13698), then with the memory of an epoch.
+    memory = min(steps, steps_per_epoch)
+    decay = float(_rounded(min(0.5, max(0.05, 1 / (rate * memory))), 1))
     if decay > 0.05:
-        settings.append(
-            Setting("weight_decay", decay, f"forgets in two epochs of {counted(round(steps_per_epoch), 'step')}")
-        )
+        what = "an epoch" if memory < steps else "a run"
+        settings.append(Setting("weight_decay", decay, f"forgets in {what} of {counted(round(memory), 'step')}"))
     if steps < 500:
         settings.append(Setting("warmup_steps", steps // 10, "a tenth of the steps"))
         settings.append(Setting("heldout_steps", max(10, steps // 5), "five measurements"))
@@ -217,16 +228,14 @@ def _batch_settings(batch: TrainConfig, tokens: float) -> list[Setting]:
     return settings
 
 
-def _learning_rate(model: ModelConfig, steps: int, epochs: float) -> float:
-    if model.hidden > 512 or epochs > 3:
-        return 2e-3
-    return 3e-3 if steps > 5000 else 4e-3
+def _learning_rate(model: ModelConfig, epochs: float) -> float:
+    return 2e-3 if model.hidden > 512 or epochs > 5 else 3e-3
 
 
 def _rate_reason(rate: float, epochs: float) -> str:
     if rate == 2e-3:
-        return "low, for a text that is read often" if epochs > 3 else "low, for a wide model"
-    return "for many steps" if rate == 3e-3 else "high, for few steps"
+        return "low, for a text that is read often" if epochs > 5 else "low, for a wide model"
+    return "for a text that is read a few times at most"
 
 
 def _steps_reason(epochs: float, minutes: float, speed: float, machine: Machine) -> str:

@@ -142,8 +142,8 @@ def test_a_separator_that_source_code_mentions_does_not_stand_between_documents(
 
 
 def test_the_text_of_the_quickstart_gets_nearly_its_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "measure_speed", lambda *arguments: 16_500.0)
-    config = proposed("python-stdlib", minutes=2.77)[0]
+    monkeypatch.setattr(init, "measure_speed", lambda *arguments: 24_500.0)
+    config = proposed("python-stdlib", minutes=2.33)[0]
     preset = load(Path(cli.__file__).with_name("configs") / "quickstart.toml")
     assert config.tokenizer == preset.tokenizer
     assert config.model == preset.model
