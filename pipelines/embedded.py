@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from filelock import FileLock
 
 from gru import storage
@@ -28,6 +29,8 @@ from pipelines.interrupts import interrupts_deferred
 from pipelines.service import EmbeddedService, ServiceFailed, end, stop
 
 DIRECTORY = "embedded"  # in the storage
+# Until services that were asked to stop are killed, which loses no data. Ray without a job waits for its Serve alone.
+STOP_SECONDS, JOB_STOP_SECONDS = 1, 5
 RESTART_SECONDS = 60  # after an attempt to start MLflow again that failed
 # MLflow's job execution, which nothing here uses, would start seven processes of 190 MB each.
 MLFLOW_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -70,7 +73,7 @@ class Services:
         """Start MLflow again. Return what happened. Without MLflow the endpoint continues to serve."""
         try:
             if service.process() is None:  # another user may have been faster
-                end([service])  # a process of it that still runs has the port
+                end([service], STOP_SECONDS)  # a process of it that still runs has the port
                 _start_mlflow(service, urllib.parse.urlsplit(self.mlflow).port or 0)
                 service.wait(_mlflow_probe(self.mlflow))
         except ServiceFailed as failure:
@@ -84,7 +87,20 @@ class Services:
         """Stop the embedded services that no other process uses."""
         if self.embedded:
             with _file_lock(self.embedded[0].directory):
-                stop([service for service in self.embedded if service.leave()])
+                _stop([service for service in self.embedded if service.leave()])
+
+
+def _stop(services: list[EmbeddedService]) -> list[str]:
+    """Stop the services, letting workers of a job save a checkpoint. Return the names of those that were running."""
+    titles = [_title(process) for service in services for process in service.processes()]
+    return stop(services, JOB_STOP_SECONDS if any("ray::JobSupervisor" in title for title in titles) else STOP_SECONDS)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def starts_deferred(store: str) -> AbstractContextManager[object]:
@@ -160,7 +176,7 @@ def _start(
             ray_sessions.mark(ray)
     except BaseException:
         with interrupts_deferred():  # a second Ctrl-C must not leave some of the processes running
-            end(started)
+            end(started, STOP_SECONDS)
             for service in started:
                 if service.leave():  # else another process still uses one that had ended, and starts it again
                     service.record.unlink(missing_ok=True)
@@ -173,7 +189,7 @@ def _start(
 
 def _reserve(service: EmbeddedService, port: int, option: str) -> str:
     """Return the URL of a service that is not running yet. Raises UserError for a port in use."""
-    end([service])  # remaining processes of one that was killed; its users may still be there
+    end([service], STOP_SECONDS)  # remaining processes of one that was killed; its users may still be there
     require_bindable("127.0.0.1", port, option)
     return f"http://127.0.0.1:{port}"
 
@@ -184,7 +200,7 @@ def down(store: str) -> list[str]:
     if not directory.exists():
         return []
     with _file_lock(directory), interrupts_deferred():  # one that stopped halfway would leave some processes
-        return stop(services(directory))
+        return _stop(services(directory))
 
 
 def find_ray(store: str) -> tuple[str, dict[str, str]] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from jobs.entry import default_ray_directory, ray_directory
-from pipelines.service import EmbeddedService
+from pipelines.service import EmbeddedService, is_alive
 
 MARKER = "gru-storage"  # in the directory of a session: the storage that the embedded Ray belongs to
 
@@ -87,7 +87,10 @@ def _read(directory: Path) -> Session:
 def _used(sessions: list[Path]) -> set[Path]:
     """Return the sessions that a process names in its command line, is in, or has a file of open; or whose first
     process, whose id ends the session's name, may still run."""
-    used = {session for session in sessions if psutil.pid_exists(int(session.name.rpartition("_")[2]))}
+    used = set[Path]()
+    for session in sessions:
+        with suppress(psutil.NoSuchProcess):
+            used |= {session} if is_alive(psutil.Process(int(session.name.rpartition("_")[2]))) else set()
     for process in psutil.process_iter():
         known: list[str] = []
         with suppress(psutil.Error, OSError):

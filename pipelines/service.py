@@ -21,7 +21,7 @@ from gru import storage
 from pipelines.interrupts import interrupts_deferred
 
 START_SECONDS = 120
-STOP_SECONDS = 5  # then they are killed, which loses no data
+KILL_SECONDS = 5  # until a killed process has ended
 
 
 class ServiceFailed(RuntimeError):
@@ -101,7 +101,7 @@ class EmbeddedService:
         for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):
                 children += member.children(recursive=True)
-        return list({process.pid: process for process in members + children}.values())
+        return [each for each in {each.pid: each for each in members + children}.values() if is_alive(each)]
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -132,22 +132,25 @@ def _find(identity: list[int] | None) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(identity[0])
-        alive = identify(process) == identity and process.status() != psutil.STATUS_ZOMBIE
+        alive = identify(process) == identity and is_alive(process)
     except psutil.NoSuchProcess:
         return None
     return process if alive else None
 
 
-def stop(services: list[EmbeddedService]) -> list[str]:
-    """Stop the services with all their processes. Return the names of the services that were running."""
-    running = end(services)
+def stop(services: list[EmbeddedService], seconds: float) -> list[str]:
+    """Stop the services with all their processes. Return the names of the services that were running.
+
+    seconds: after which the processes that have not ended are killed.
+    """
+    running = end(services, seconds)
     for service in services:
         service.record.unlink(missing_ok=True)
     return running
 
 
-def end(services: list[EmbeddedService]) -> list[str]:
-    """End all processes of the services, and keep their records. Return the names of the services that were running."""
+def end(services: list[EmbeddedService], seconds: float) -> list[str]:
+    """End all processes of the services as `stop` does, and keep their records."""
     running = {service.name: service.processes() for service in services}
     processes = [process for members in running.values() for process in members]
     for service in services:
@@ -155,12 +158,30 @@ def end(services: list[EmbeddedService]) -> list[str]:
         for process in [leader] if leader else running[service.name]:  # a leader of Ray or MLflow stops its children
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
-    for process in alive:
+    for process in _wait_for_end(processes, seconds):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=STOP_SECONDS)
+    _wait_for_end(processes, KILL_SECONDS)
     return [name for name, members in running.items() if members]
+
+
+def _wait_for_end(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Wait until the processes have ended, and return those that have not in this time.
+
+    Not psutil.wait_procs: in a container whose first process reaps no orphans, these are zombies for ever.
+    """
+    deadline = time.monotonic() + seconds
+    while (alive := [process for process in processes if is_alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return alive
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs, and is no zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _answers(request: urllib.request.Request) -> bool:

@@ -27,6 +27,7 @@ _CPU_SHARE, _GPU_SHARE = 0.8, 0.9  # of the measured speed, beside held-out loss
 _HELDOUT_BYTES = 350_000  # as much as gives a score to two digits
 _FEW_DOCUMENTS = 50  # of which a hash would hold out too few
 _LEAST_STEPS = 100
+_MEASURED_SHARE = 0.15  # of the tokens that are trained, so that measurements take a twentieth of the time
 _TOKENS_PER_PARAMETER = 15  # that a larger model must read in the time to be better than a smaller one
 _TOKENS_OF_TEXT_PER_PARAMETER = 0.5  # below it, the model of the presets is too large
 _LEAST_TOKENS_PER_PARAMETER = 1.5  # below it, a narrower model reads so much more in the time that it is better
@@ -158,6 +159,7 @@ def propose_training(tokens: float, vocab_size: int, machine: Machine) -> Traini
         Setting("steps", steps, _steps_reason(epochs, minutes, speed, machine)),
         *settings,
         *_optimizer_settings(rate, steps, epochs, tokens / window),
+        *_measurement_settings(steps, window),
     ]
     if model.layers > 1:
         settings.append(Setting("ema_decay", 0.999, "an average over more steps, as there are many"))
@@ -214,7 +216,18 @@ def _optimizer_settings(rate: float, steps: int, epochs: float, steps_per_epoch:
         settings.append(Setting("weight_decay", decay, f"forgets in {what} of {counted(round(memory), 'step')}"))
     if steps < 500:
         settings.append(Setting("warmup_steps", steps // 10, "a tenth of the steps"))
-        settings.append(Setting("heldout_steps", max(10, steps // 5), "five measurements"))
+    return settings
+
+
+def _measurement_settings(steps: int, window: int) -> list[Setting]:
+    """Return the settings for the held-out loss. window: tokens of a step."""
+    settings = []
+    if steps < 500:
+        every = max(10, steps // 5)
+        settings.append(Setting("heldout_steps", every, "five measurements"))
+        tokens = int(_rounded(_MEASURED_SHARE * every * window, 1))
+        if tokens < TrainConfig().heldout_tokens:
+            settings.append(Setting("heldout_tokens", tokens, "read by each of them, which take little time then"))
     return settings
 
 

@@ -40,11 +40,11 @@ def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_us
         addresses = f"http://127.0.0.1:{ports[0]} http://127.0.0.1:{ports[1]}\n"
         assert [user.stdout.readline() for user in users if user.stdout] == [addresses] * 2
         services = embedded.services(tmp_path / embedded.DIRECTORY)
-        processes = [process for service in services for process in service.processes()]
+        processes = [process for each in services for process in each.processes()]
         assert len(processes) > 5
-        [mlflow] = [process for process in (service.process() for service in services[1:]) if process]
+        [mlflow] = [process for process in (each.process() for each in services[1:]) if process]
         assert mlflow.environ()["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
-        [ray] = [process for process in (service.process() for service in services[:1]) if process]
+        [ray] = [process for process in (each.process() for each in services[:1]) if process]
         port = ray.environ()[RAY_VARIABLE].removeprefix("127.0.0.1:")
         assert f"--port={port}" in ray.cmdline(), "its jobs must not use a Ray that was started later"
         commands = [" ".join(child.cmdline()) for child in mlflow.children(recursive=True)]
@@ -52,8 +52,8 @@ def test_two_users_that_start_at_once_share_services_which_stop_with_the_last_us
         for user, runs in zip(users, (True, False), strict=True):
             user.communicate("end")
             assert user.returncode == 0
-            assert [bool(service.process()) for service in services] == [runs] * 2
-        assert not [process for process in processes if process.is_running()]
+            assert [bool(each.process()) for each in services] == [runs] * 2
+        assert not [process for process in processes if service.is_alive(process)]
         assert [each for each in ray_sessions.unused() if each.store == str(tmp_path)]
     finally:
         embedded.down(str(tmp_path))
@@ -69,7 +69,6 @@ def small_services(directory: Path, monkeypatch: pytest.MonkeyPatch) -> embedded
         return ["/bin/sh", "-c", f"{server} & wait"]
 
     monkeypatch.setattr(embedded, "_mlflow_command", command)
-    monkeypatch.setattr(service, "STOP_SECONDS", 1)  # then the child of a shell that was terminated is killed
     mlflow = EmbeddedService("mlflow", directory / embedded.DIRECTORY)
     return embedded.Services("", f"http://127.0.0.1:{free_port()}", {}, [mlflow])
 
@@ -89,7 +88,7 @@ def test_an_mlflow_is_started_again_even_if_a_process_of_it_still_has_the_port(
         wait_until("its end", lambda: not mlflow.process())
         assert services.check() == "MLflow had ended; it is up again"
         wait_until("its child", lambda: len(mlflow.processes()) == 2)
-        assert services.check() is None and not child.is_running()
+        assert services.check() is None and not service.is_alive(child)
     finally:
         services.leave()
     assert not mlflow.processes() and not mlflow.record.exists()
@@ -113,10 +112,9 @@ def test_an_mlflow_that_does_not_start_again_does_not_stop_the_endpoint(
 INTERRUPTED = """
 import sys, time
 from rich.console import Console
-from pipelines import embedded, runtime, service
+from pipelines import embedded, runtime
 store, port, program = sys.argv[1:]
 embedded._mlflow_command = lambda directory, port: ["/bin/sh", "-c", program]
-service.STOP_SECONDS = 1
 services = embedded.up(store, 1, int(port), lambda line: None)
 with runtime._released_afterwards(services, None, Console()):
     print("up", flush=True)
@@ -153,7 +151,7 @@ def test_ctrl_c_pressed_twice_leaves_nothing(tmp_path: Path, phase: str) -> None
 
 
 def test_a_down_that_is_interrupted_twice_stops_everything_first(tmp_path: Path) -> None:
-    script = "import sys; from pipelines import embedded, service; service.STOP_SECONDS = 1; embedded.down(sys.argv[1])"
+    script = "import sys; from pipelines import embedded; embedded.down(sys.argv[1])"
     mlflow = EmbeddedService("mlflow", tmp_path / embedded.DIRECTORY)
     program = f"trap 'touch {tmp_path}/asked' TERM; sleep 600 & while true; do wait; done"
     mlflow.start(["/bin/sh", "-c", program], os.environ, "http://127.0.0.1:1")
