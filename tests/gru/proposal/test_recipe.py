@@ -76,6 +76,20 @@ def test_a_text_that_is_read_often_needs_dropout_and_an_end() -> None:
     assert train["learning_rate"] == 2e-3
 
 
+@pytest.mark.parametrize(("minutes", "seconds"), [(30, 1785), (2, 105), (0.4, 12)])
+def test_the_start_of_the_workers_and_the_processes_of_ray_count(minutes: float, seconds: float) -> None:
+    training = propose_training(1e9, 2048, machine(20_000, minutes))
+    assert training.tokens_per_second == pytest.approx(16_000)
+    assert values(training.train)["steps"] * 32 * 64 == pytest.approx(16_000 * seconds, rel=0.1)
+    assert training.minutes == pytest.approx(minutes, rel=0.1)
+
+
+def test_a_short_run_has_short_measurements() -> None:
+    train = values(propose_training(23e6, 8192, machine(9_700, 2)).train)
+    assert train["heldout_tokens"] == pytest.approx(0.15 * train["heldout_steps"] * 32 * 64, rel=0.25)
+    assert "heldout_tokens" not in values(propose_training(23e6, 8192, machine(9_700, 30)).train)
+
+
 def test_little_text_gets_a_narrow_model_and_few_lanes() -> None:
     training = propose_training(15_000, 322, machine(50_000, 30))
     assert values(training.model)["hidden"] == 256
