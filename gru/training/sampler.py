@@ -14,7 +14,7 @@ from gru.model.inference import inference_model
 from gru.model.language_model import GRULanguageModel
 
 TOKENS = 100
-PARAMS = SamplingParams(seed=0, temperature=0.8)  # the same noise at each step: only the weights differ
+PARAMS = SamplingParams(seed=0, temperature=0.5)  # the same noise at each step: only the weights differ
 
 
 @torch.no_grad()  # not inference mode, in which buffers that training takes again could not be differentiated
