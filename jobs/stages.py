@@ -142,8 +142,8 @@ def train_stage(config: PipelineConfig, prepared: PrepareResult) -> Stage[TrainR
 
 def evaluate_stage(config: PipelineConfig, prepared: PrepareResult, trained: TrainResult) -> Stage[EvaluateResult]:
     """The stage that scores this model."""
-    # 2: version of the measurements. Raise it when they change, so that older results are not used.
-    key = content_key("evaluate", 2, trained["key"], prepared["heldout_digest"], config.evaluate)
+    # 3: version of the measurements. Raise it when they change, so that older results are not used.
+    key = content_key("evaluate", 3, trained["key"], prepared["heldout_digest"], config.evaluate)
     path = storage.join(config.storage, "runs", trained["key"], f"evaluation-{key}.json")
     return Stage("evaluate", key, path, EvaluateResult)
 

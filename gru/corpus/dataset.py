@@ -270,10 +270,11 @@ def load_tokenizer(directory: str, digest: str) -> Tokenizer:
 
 
 def first_texts(texts: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """Yield whole texts, in order, until they have at least `most_bytes`."""
-    size = 0
+    """Yield the first texts, which have at most `most_bytes` of UTF-8 together. The last one may be cut."""
+    left = most_bytes
     for text in texts:
-        yield text
-        size += len(text.encode())
-        if size >= most_bytes:
+        data = text.encode()
+        yield text if len(data) <= left else data[:left].decode(errors="ignore")
+        left -= len(data)
+        if left <= 0:
             return

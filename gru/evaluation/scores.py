@@ -101,7 +101,7 @@ class HeldoutText:
 
 
 def read_heldout(tokenizer: Tokenizer, texts: Iterable[str], max_bytes: int) -> HeldoutText:
-    """Tokenize the first documents, up to and including the one that reaches `max_bytes`."""
+    """Tokenize the first documents, `max_bytes` of them at most: the last one may be cut."""
     parts: list[np.ndarray] = []
     size = characters = 0
     digest = hashlib.sha256()

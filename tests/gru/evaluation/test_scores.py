@@ -34,11 +34,15 @@ def test_scores_equal_those_of_a_plain_loop(lanes: int) -> None:
     assert scores.bits_per_token == pytest.approx(math.log2(scores.perplexity_per_token))
 
 
-def test_the_heldout_text_ends_with_a_whole_document() -> None:
+def test_the_heldout_text_has_no_more_bytes_than_the_limit() -> None:
+    """A file of gigabytes may be one document. A character that the limit cuts is left out."""
     tokenizer = train_tokenizer(TokenizerConfig(kind="byte"), TEXTS)
-    first = read_heldout(tokenizer, iter(TEXTS), 5)
-    assert len(first.tokens) == len(TEXTS[0]) + 1
+    size = len(TEXTS[0].encode())
+    first = read_heldout(tokenizer, iter(TEXTS), size)
+    assert len(first.tokens) == size + 1
     assert first.digest == read_heldout(tokenizer, TEXTS[:1], 10**6).digest != read_heldout(tokenizer, TEXTS, 99).digest
+    cut = read_heldout(tokenizer, ["a" + "狐" * 1_000_000], 12)
+    assert (cut.bytes, cut.characters) == (10, 4)
     model = small(tokenizer)
     assert score(model, first, 1).text_digest != score(model, first, 2).text_digest  # other tokens follow a reset
 
