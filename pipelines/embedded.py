@@ -91,7 +91,7 @@ class Services:
 
 
 def _stop(services: list[EmbeddedService]) -> list[str]:
-    """Stop the services, letting workers of a job save a checkpoint. Return the names of those that were running."""
+    """Stop the services, and return the names of those that ran. A job in progress has time to save its work."""
     titles = [_title(process) for service in services for process in service.processes()]
     return stop(services, JOB_STOP_SECONDS if any("ray::JobSupervisor" in title for title in titles) else STOP_SECONDS)
 

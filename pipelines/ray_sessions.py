@@ -87,10 +87,7 @@ def _read(directory: Path) -> Session:
 def _used(sessions: list[Path]) -> set[Path]:
     """Return the sessions that a process names in its command line, is in, or has a file of open; or whose first
     process, whose id ends the session's name, may still run."""
-    used = set[Path]()
-    for session in sessions:
-        with suppress(psutil.NoSuchProcess):
-            used |= {session} if is_alive(psutil.Process(int(session.name.rpartition("_")[2]))) else set()
+    used = {session for session in sessions if _is_running(int(session.name.rpartition("_")[2]))}
     for process in psutil.process_iter():
         known: list[str] = []
         with suppress(psutil.Error, OSError):
@@ -99,3 +96,10 @@ def _used(sessions: list[Path]) -> set[Path]:
             known += [process.cwd(), *(file.path for file in process.open_files())]
         used |= {session for session in sessions if any(session.name in text for text in known)}
     return used
+
+
+def _is_running(process_id: int) -> bool:
+    try:
+        return is_alive(psutil.Process(process_id))
+    except psutil.NoSuchProcess:
+        return False
